@@ -1,0 +1,9 @@
+"""The error that is meant for the person at the keyboard."""
+
+
+class UserError(ValueError):
+    """Something the user gave cannot be used.
+
+    The message is one sentence or two: what was given, what was expected, what to do. Command lines print it without a
+    traceback and exit with status 2; Python callers may catch it as ``ValueError``.
+    """
