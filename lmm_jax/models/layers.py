@@ -1,0 +1,128 @@
+"""The small parts every layer is made of: projection, norms, rotary embedding, SwiGLU.
+
+Axis letters: B batch, T tokens, D width, N heads, H channels of a head, F MLP width; `…` any leading axes.
+Parameters may be stored in any float dtype; arithmetic runs in the dtype of the input, norms and rotary tables in float32.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from lmm_jax.config import RopeScaling
+
+
+class Proj(nn.Module):
+    """y[…, out] = x[…, in] · kernel[in, out] (+ bias[out]); `in` and `out` may each be several axes.
+
+    Every weight matrix of the model is one of these, so this is where quantised weights and LoRA belong.
+
+    Attributes:
+      inputs: sizes of the contracted axes, the last ones of x.
+      outputs: sizes of the axes that replace them.
+    """
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x (…, *inputs) -> (…, *outputs), in the dtype of x."""
+        init = nn.initializers.normal(0.02)
+        kernel = self.param("kernel", init, (*self.inputs, *self.outputs), jnp.float32)
+        y = jnp.tensordot(x, kernel.astype(x.dtype), axes=len(self.inputs))
+        if self.bias:
+            y += self.param("bias", nn.initializers.zeros, self.outputs, jnp.float32).astype(x.dtype)
+        return y
+
+
+class Embed(nn.Module):
+    """A table of vectors: parameter `embedding` (rows, width)."""
+
+    rows: int
+    width: int
+
+    def setup(self) -> None:
+        """Declares the table."""
+        self.embedding = self.param("embedding", nn.initializers.normal(0.02), (self.rows, self.width), jnp.float32)
+
+    def __call__(self) -> jax.Array:
+        """The whole table (rows, width)."""
+        return self.embedding
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · scale over the last axis, in float32."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x (…, D) -> (…, D), same dtype."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        y = x.astype(jnp.float32)
+        y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        return (y * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x − mean) / std · scale + bias over the last axis, in float32."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x (…, D) -> (…, D), same dtype."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+        y = x.astype(jnp.float32)
+        y -= jnp.mean(y, axis=-1, keepdims=True)
+        y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        return (y * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+class SwiGLU(nn.Module):
+    """LLaMA's MLP: down(silu(gate(x)) · up(x))."""
+
+    width: int
+    hidden: int
+
+    def setup(self) -> None:
+        """Declares the three projections."""
+        self.gate_proj = Proj((self.width,), (self.hidden,))
+        self.up_proj = Proj((self.width,), (self.hidden,))
+        self.down_proj = Proj((self.hidden,), (self.width,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x (…, D) -> (…, D)."""
+        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
+    """Angle per position of each rotary pair: (H/2,) float32 (spec section 5; scaling as LLaMA-3.1)."""
+    frequency = (1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)).astype(np.float32)
+    if scaling is None:
+        return frequency
+    # Wavelengths beyond the original context are stretched by `factor`, short ones kept, those between blended.
+    turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
+    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = np.clip(keep, 0.0, 1.0)
+    return (frequency * (keep + (1 - keep) / scaling.factor)).astype(np.float32)
+
+
+def rotary_table(positions: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines for positions (…, T): two arrays (…, T, H/2), float32."""
+    angle = positions[..., None].astype(jnp.float32) * frequencies
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Applies rotary embedding in the half-split form: x (B,T,N,H), table (T,H/2) or (B,T,H/2) twice -> (B,T,N,H)."""
+    cos, sin = (t[..., None, :] for t in table)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
