@@ -170,7 +170,9 @@ def from_json(data: dict[str, Any]) -> ModelConfig:
         raise UserError('config.json does not say "format": "lmm-jax"')
     version = data.pop("version", None)
     if version != FORMAT_VERSION:
-        raise UserError(f"the model folder has format version {version}, this program reads version {FORMAT_VERSION}: update it")
+        raise UserError(
+            f"the model folder has format version {version}, this program reads version {FORMAT_VERSION}: update it"
+        )
     return _build(ModelConfig, data, "config.json")
 
 

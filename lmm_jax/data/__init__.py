@@ -1,0 +1,1 @@
+"""Files to arrays: pictures, videos, prompts, token layouts."""

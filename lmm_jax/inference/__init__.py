@@ -1,0 +1,1 @@
+"""From a prompt with pictures to an answer."""

@@ -1,0 +1,1 @@
+"""The model in Flax Linen; nothing else imports flax.linen."""

@@ -31,7 +31,13 @@ BLOCK = 256  # queries per block
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool = False, mask: jax.Array | None = None, implementation: str = "auto"
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    causal: bool = False,
+    mask: jax.Array | None = None,
+    implementation: str = "auto",
 ) -> jax.Array:
     """Softmax attention, scores scaled by H^-½, softmax in float32.
 
@@ -61,13 +67,16 @@ def _choose(q: jax.Array, k: jax.Array, causal: bool, mask: jax.Array | None) ->
     platform = jax.default_backend()
     square = q.shape[1] == k.shape[1]
     long = q.shape[1] * k.shape[1] >= LONG**2
-    if platform in ("gpu", "cuda") and mask is None and (square or not causal) and q.dtype in (jnp.bfloat16, jnp.float16):
-        # cuDNN takes heads of up to 128 channels in multiples of 8; one query gains nothing from it
-        if q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and q.shape[1] > 1:
-            return "cudnn"
+    if platform == "gpu" and mask is None and (square or not causal) and q.shape[1] > 1 and _fits_cudnn(q):
+        return "cudnn"
     if platform == "tpu" and causal and square and long and q.shape[-1] % 128 == 0:
         return "splash"
     return "blocks" if long and mask is None else "plain"
+
+
+def _fits_cudnn(q: jax.Array) -> bool:
+    """cuDNN takes half precision and heads of up to 128 channels in multiples of 8."""
+    return q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
 
 
 def _causal_mask(queries: int, keys: int, first: int | jax.Array) -> jax.Array:
@@ -121,4 +130,3 @@ def _splash_local(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool) -> 
     k, v = (rearrange(x, "b s k h -> b k s h") for x in (k, v))
     out = jax.vmap(jax.vmap(run))(q, k, v)
     return rearrange(out, "b k g t h -> b t (k g) h")[:, :length]
-

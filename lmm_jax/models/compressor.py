@@ -15,7 +15,7 @@ from lmm_jax.models.layers import LayerNorm, Proj
 
 
 def sincos_2d(size: int, width: int) -> np.ndarray:
-    """Fixed positions of a size×size grid: (size², width) float32; columns in the first half of the channels, rows in the second."""
+    """Fixed positions of a size×size grid: (size², width) float32; columns in the first half of the channels, then rows."""
     frequency = 1.0 / 10000 ** (np.arange(width // 4) / (width / 4))
     angle = np.arange(size)[:, None] * frequency
     one = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)  # (size, width/2)
@@ -25,7 +25,7 @@ def sincos_2d(size: int, width: int) -> np.ndarray:
 
 
 def bicubic_weights(source: int, target: int) -> np.ndarray:
-    """Interpolation matrix (target, source) float32 of torch's bicubic: coefficient −0.75, half-pixel centres, edges clamped."""
+    """Interpolation matrix (target, source) float32 of torch's bicubic: coefficient −0.75, half pixels, edges clamped."""
     a = -0.75
     weights = np.zeros((target, source))
     for i in range(target):

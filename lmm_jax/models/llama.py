@@ -96,7 +96,8 @@ def _write(cache: KV, new: KV, layer: jax.Array | None, write_at: jax.Array | No
     if write_at is None:
         start = (0,) * 4 if layer is None else (layer, 0, 0, 0, 0)
         return tuple(
-            jax.lax.dynamic_update_slice(c, (n if layer is None else n[None]).astype(c.dtype), start) for c, n in zip(cache, new)
+            jax.lax.dynamic_update_slice(c, (n if layer is None else n[None]).astype(c.dtype), start)
+            for c, n in zip(cache, new)
         )
     rows = jnp.arange(len(write_at))
     where = (rows, write_at) if layer is None else (layer, rows, write_at)

@@ -28,7 +28,9 @@ def fuse_image(
     return prefix, tokens
 
 
-def fuse_text(stack: LayerStack, text: jax.Array, prefix: dict[str, KV], config: DecoderConfig, implementation: str) -> jax.Array:
+def fuse_text(
+    stack: LayerStack, text: jax.Array, prefix: dict[str, KV], config: DecoderConfig, implementation: str
+) -> jax.Array:
     """text (N,T,D), the visible instruction tokens of each image's row, padded right -> fused text (N,T,D)."""
     start = prefix["last"][0].shape[1]
     table = _rope(start + jnp.arange(text.shape[1]), config)

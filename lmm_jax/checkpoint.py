@@ -1,0 +1,311 @@
+"""Model folders: ``config.json``, tokenizer files and ``params/``; written whole or not at all, loaded onto any mesh.
+
+On disk a model is a flat set of leaves, one per layer ("layers.7.mlp.up_proj.kernel"); in memory equal layers are
+stacked ("layers/stack/mlp/up_proj/kernel"[7]). `disk_names` is the one place that knows both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorstore as ts
+
+from lmm_jax import checkpoint_io
+from lmm_jax.checkpoint_io import LazyLeaf
+from lmm_jax.config import FORMAT, ModelConfig, from_json, to_json
+from lmm_jax.errors import UserError
+from lmm_jax.sharding import leaf_paths
+
+CONFIG_FILE = "config.json"
+PARAMS_FOLDER = "params"
+
+
+# ---------------------------------------------------------------------------------------------------------------- names
+
+
+def disk_names(tree: Any) -> dict[str, tuple[str, ...]]:
+    """Path of each leaf in memory -> its names on disk: one, or one per layer for what is stacked.
+
+        X/stack/rest  ->  X.0.rest, X.1.rest, …, X.{n-1}.rest
+        X/last/rest   ->  X.{n}.rest       (n stacked layers under X, or 0)
+        X/rest        ->  X.rest
+
+    Args:
+      tree: nested dict of arrays or ShapeDtypeStructs.
+    """
+    leaves = leaf_paths(tree)
+    depth = {path.split("/stack/")[0]: leaf.shape[0] for path, leaf in leaves.items() if "/stack/" in path}
+    names = {}
+    for path in leaves:
+        if "/stack/" in path:
+            group, rest = path.split("/stack/")
+            found = [f"{group}/{i}/{rest}" for i in range(depth[group])]
+        elif "/last/" in path:
+            group, rest = path.split("/last/")
+            found = [f"{group}/{depth.get(group, 0)}/{rest}"]
+        else:
+            found = [path]
+        names[path] = tuple(name.replace("/", ".") for name in found)
+    return names
+
+
+def unstack(params: Any) -> dict[str, LazyLeaf]:
+    """Parameters in memory as leaves for `write_model`; a layer is copied to the host when it is written.
+
+    Args:
+      params: nested dict of arrays, wholly addressable from this process.
+    """
+    leaves = {}
+    arrays = leaf_paths(params)
+    for path, names in disk_names(params).items():
+        array = arrays[path]
+        if "/stack/" not in path:
+            leaves[names[0]] = LazyLeaf(array.shape, array.dtype, lambda array=array: np.asarray(array))
+            continue
+        for i, name in enumerate(names):
+            leaves[name] = LazyLeaf(array.shape[1:], array.dtype, lambda array=array, i=i: np.asarray(array[i]))
+    return leaves
+
+
+def is_export_only(name: str, config: ModelConfig) -> bool:
+    """Whether a leaf on disk exists only to be exported: CLIP's last block and the norm after it are never run."""
+    return name.startswith((f"vision_tower.layers.{config.vision.num_layers - 1}.", "vision_tower.post_layernorm."))
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_config(folder: Path | str) -> ModelConfig:
+    """The configuration of a model folder.
+
+    Raises:
+      UserError: no such folder, not a model folder (one of Hugging Face that is not converted, for instance), or broken.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file: give a model folder" if folder.exists() else f"there is no folder {folder}")
+    data = _config_data(folder)
+    if data is None or data.get("format") != FORMAT:
+        weights = [file for pattern in ("*.safetensors", "pytorch_model*.bin") for file in folder.glob(pattern)]
+        if weights or "model_type" in (data or {}):
+            raise UserError(
+                f"{folder} is a Hugging Face checkpoint that is not converted yet: "
+                f"run `python -m conversion from-hf {folder} DST` and use DST"
+            )
+        what = "is empty" if not any(folder.iterdir()) else f"has no {CONFIG_FILE} of {FORMAT}"
+        raise UserError(f"{folder} {what}: it is no model folder")
+    try:
+        config = from_json(data)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise UserError(f"{folder / CONFIG_FILE} is broken: {error}") from error
+    if not (folder / PARAMS_FOLDER / checkpoint_io.MANIFEST).is_file():
+        raise UserError(f"{folder} has a {CONFIG_FILE} but no parameters: copy or convert it again")
+    return config
+
+
+def _config_data(folder: Path) -> dict[str, Any] | None:
+    """The content of ``config.json``, None where there is none."""
+    try:
+        data = json.loads((folder / CONFIG_FILE).read_text())
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{folder / CONFIG_FILE} cannot be read ({error}): copy or convert the folder again") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{folder / CONFIG_FILE} does not hold an object: copy or convert the folder again")
+    return data
+
+
+def leaf_shapes(folder: Path | str) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Disk name -> (shape, dtype) of every leaf in a model folder.
+
+    Raises:
+      UserError: the folder is damaged.
+    """
+    return {name: (store.shape, store.dtype.numpy_dtype) for name, store in _open(Path(folder)).items()}
+
+
+def read_leaf(folder: Path | str, name: str) -> np.ndarray:
+    """One leaf of a model folder, as stored.
+
+    Raises:
+      UserError: the folder is damaged, or has no such leaf.
+    """
+    with checkpoint_io.damage_is_a_user_error(Path(folder)):
+        return checkpoint_io.open_array(_params(Path(folder)), name).read().result()
+
+
+def load_params(folder: Path | str, abstract: Any, *, dtype: Any = None) -> Any:
+    """Reads the parameters of a model folder, each device's slice straight from the disk.
+
+    A process reads what its own devices hold and no more; at most one leaf (a stack of layers) is on its way at a time.
+
+    Args:
+      folder: a model folder.
+      abstract: the parameter tree as ShapeDtypeStructs with `.sharding`; arrays are cast to its dtypes.
+      dtype: in place of the dtypes of `abstract`.
+
+    Returns:
+      A tree like `abstract` of jax Arrays.
+
+    Raises:
+      UserError: not a model folder; missing, unexpected or mis-shaped leaves (all of them); damaged data.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    stores = _open(folder)
+    names, leaves = disk_names(abstract), leaf_paths(abstract)
+    wanted = {n: leaf.shape[1:] if "/stack/" in path else leaf.shape for path, leaf in leaves.items() for n in names[path]}
+    faults = [f"{name} is missing" for name in wanted if name not in stores]
+    faults += [f"{n} has shape {stores[n].shape}, not {s}" for n, s in wanted.items() if n in stores and stores[n].shape != s]
+    faults += [f"{name} is unknown to the model" for name in stores if name not in wanted and not is_export_only(name, config)]
+    if faults:
+        raise UserError(f"the parameters in {folder} do not fit the model: " + "; ".join(faults))
+    with checkpoint_io.damage_is_a_user_error(folder):
+        loaded = [
+            _place(ts.stack([stores[n] for n in names[path]]) if "/stack/" in path else stores[names[path][0]], leaf, dtype)
+            for path, leaf in leaves.items()
+        ]
+    return jax.tree.unflatten(jax.tree.structure(abstract), loaded)
+
+
+def _place(store: ts.TensorStore, leaf: jax.ShapeDtypeStruct, dtype: Any) -> jax.Array:
+    """Reads each different slice once, all at the same time, and hands it to the devices that hold it."""
+    dtype = jnp.dtype(leaf.dtype if dtype is None else dtype)
+
+    def bounds(index: tuple[slice, ...]) -> tuple[tuple[int, int, int], ...]:
+        return tuple(part.indices(size) for part, size in zip(index, leaf.shape))
+
+    slices = {bounds(index) for index in leaf.sharding.addressable_devices_indices_map(leaf.shape).values()}
+    parts = {key: checkpoint_io.start_reading(store, tuple(slice(a, b) for a, b, _ in key), dtype) for key in slices}
+    for _, done in parts.values():
+        done.result()
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: parts[bounds(index)][0], dtype=dtype)
+
+
+def _params(folder: Path) -> Path:
+    return folder.resolve() / PARAMS_FOLDER
+
+
+def _open(folder: Path) -> dict[str, ts.TensorStore]:
+    with checkpoint_io.damage_is_a_user_error(folder):
+        return checkpoint_io.open_arrays(_params(folder))
+
+
+# -------------------------------------------------------------------------------------------------------------- writing
+
+
+def write_model(
+    folder: Path | str,
+    config: ModelConfig,
+    leaves: Mapping[str, LazyLeaf | np.ndarray],
+    *,
+    files: Iterable[Path] = (),
+    progress: Callable[[int], None] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a model folder. It appears at `folder` whole, at the very end, whatever happens before.
+
+    Until then it grows in a hidden folder beside it, which is removed when writing fails, or by the next write to the
+    same name when this process is killed.
+
+    Args:
+      folder: new or empty; or, with `overwrite`, a model folder, which is replaced when the new one is complete.
+      config: the model's configuration.
+      leaves: disk name -> leaf, produced one after the other; at most half a gigabyte of them (or one) is held at a time.
+      files: tokenizer files to copy.
+      progress: called with the bytes of each leaf that is written.
+      overwrite: replace a model folder.
+
+    Raises:
+      UserError: `folder` is taken, or the disk is full, read-only or not permitted. Errors of `LazyLeaf.read` pass through.
+    """
+    size = sum(map(checkpoint_io.num_bytes, leaves.values()))
+    with whole_folder(folder, size, overwrite=overwrite) as growing:
+        checkpoint_io.write_arrays(growing / PARAMS_FOLDER, leaves, progress)
+        for file in files:
+            shutil.copyfile(file, growing / Path(file).name)
+        (growing / CONFIG_FILE).write_text(json.dumps(to_json(config), indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path | str, size: int, *, overwrite: bool = False) -> Iterator[Path]:
+    """A hidden folder to write into, which becomes `folder` when the block ends well and disappears otherwise.
+
+    Args:
+      folder: see `write_model`.
+      size: bytes that are going to be written.
+      overwrite: see `write_model`.
+
+    Raises:
+      UserError: `folder` is taken, or the disk refuses or has less than `size` bytes left. Errors of the block pass through.
+    """
+    folder = Path(folder).resolve()
+    writer = f"{platform.node()}-{os.getpid()}"
+    growing, old = (folder.parent / f".{folder.name}.{kind}-{writer}" for kind in ("tmp", "old"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder)
+        _refuse_taken(folder, overwrite)
+        free = shutil.disk_usage(folder.parent).free
+        if size > free:
+            raise UserError(f"{folder} needs {size / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB left: make room")
+        growing.mkdir()
+        try:
+            yield growing
+            if overwrite and folder.exists():
+                folder.rename(old)
+            growing.rename(folder)
+        finally:
+            if old.exists() and not folder.exists():
+                old.rename(folder)
+            shutil.rmtree(growing, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"cannot write {folder} ({error}): nothing was written") from error
+
+
+def _refuse_taken(folder: Path, overwrite: bool) -> None:
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not folder.is_dir() or not overwrite:
+        raise UserError(f"{folder} exists already: choose another name or ask to overwrite it")
+    if (_config_data(folder) or {}).get("format") != FORMAT:
+        raise UserError(f"{folder} is not a model folder of {FORMAT}, so it is not overwritten: choose another name")
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what writers to `folder` left that were killed; what one had just moved out of the way is moved back."""
+    for path in folder.parent.glob(f".{glob.escape(folder.name)}.*-*"):
+        kind, _, writer = path.name.removeprefix(f".{folder.name}.").partition("-")
+        host, _, pid = writer.rpartition("-")
+        if kind not in ("tmp", "old") or host != platform.node() or not pid.isdigit() or _runs(int(pid)):
+            continue
+        if kind == "old" and not folder.exists():
+            path.rename(folder)
+        else:
+            shutil.rmtree(path)
+
+
+def _runs(pid: int) -> bool:
+    """Whether another process of that number runs on this machine."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

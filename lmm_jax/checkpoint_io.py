@@ -1,0 +1,220 @@
+"""The arrays of a model folder on disk: a TensorStore database (OCDBT) of Zarr 3 arrays, laid out as Orbax lays out a PyTree.
+
+Orbax restores the folder like any of its own checkpoints (a test does). It is written and read with TensorStore itself:
+- Orbax cannot ask for checksums of array data: its Zarr 3 codecs are fixed. Here each chunk carries a CRC-32C, and no
+  compression, which gains little on weights and costs most of the reading speed.
+- Producing leaves one by one in Orbax means overriding private methods of its NumpyHandler, and saving starts the
+  accelerator, which a conversion has no use for. All that Orbax needs besides the arrays is one JSON file, whose schema
+  has to stay readable to it.
+- Importing Orbax takes seconds that a question should not wait for.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from lmm_jax.errors import UserError
+
+MANIFEST = "manifest.ocdbt"
+CHUNK_BYTES = 4 * 2**20  # small enough for a device to read about its own slice, large enough to read at full speed
+IN_FLIGHT_BYTES = 512 * 2**20  # leaves alive at once while writing, unless a single one is larger
+DATA_FILE_BYTES = 256 * 2**20  # TensorStore keeps up to this much in memory before it writes a file
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyLeaf:
+    """An array that is produced by ``read()`` only when it is written; ``read`` returns exactly `shape` and `dtype`."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+
+def num_bytes(leaf: LazyLeaf | np.ndarray) -> int:
+    """Bytes of a leaf once it is produced."""
+    return math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+
+
+def write_arrays(
+    folder: Path, leaves: Mapping[str, LazyLeaf | np.ndarray], progress: Callable[[int], None] | None = None
+) -> None:
+    """Writes a new array database; returns when everything is on the disk.
+
+    Leaves are produced in order, in this thread, while earlier ones are being written; no more than `IN_FLIGHT_BYTES` of
+    them (or one) are alive at a time. When it raises, no write is left running.
+
+    Args:
+      folder: absolute, new or empty.
+      leaves: disk name ("layers.7.self_attn.q_proj.kernel") -> leaf.
+      progress: called with the bytes of each leaf that is written.
+
+    Raises:
+      UserError: the disk refuses (full, not permitted, …), or a leaf cannot be read from its own file.
+      ValueError: a leaf produces another shape or dtype than it promised. What else `LazyLeaf.read` raises passes through.
+    """
+    context = _context()
+    writing: collections.deque[tuple[int, ts.WriteFutures]] = collections.deque()
+
+    def finish_oldest() -> None:
+        size, future = writing.popleft()
+        with _disk_errors(folder):
+            future.result()
+        if progress:
+            progress(size)
+
+    try:
+        for name, leaf in leaves.items():
+            size = num_bytes(leaf)
+            while writing and size + sum(n for n, _ in writing) > IN_FLIGHT_BYTES:
+                finish_oldest()
+            array = _produce(name, leaf)
+            with _disk_errors(folder):
+                store = ts.open(_new_array(folder, name, leaf), context=context, create=True).result()
+                writing.append((size, store.write(array, can_reference_source_data_indefinitely=True)))
+            del array
+        while writing:
+            finish_oldest()
+    finally:
+        for _, future in writing:
+            future.exception()  # waits
+    with _disk_errors(folder):
+        (folder / "_METADATA").write_text(json.dumps(_orbax_metadata(leaves)))
+
+
+def open_arrays(folder: Path) -> dict[str, ts.TensorStore]:
+    """Disk name -> array, opened for reading; nothing but names, shapes and dtypes is read yet.
+
+    Raises:
+      ValueError: the database is missing or damaged (see `damage_is_a_user_error`).
+    """
+    kvstore = _kvstore(folder)
+    context = _context()
+    keys = ts.KvStore.open(kvstore, context=context).result().list().result()
+    names = sorted(key.removesuffix(b"/zarr.json").decode() for key in keys if key.endswith(b"/zarr.json"))
+    opening = {name: ts.open(_array(folder, name), context=context, read=True, open=True) for name in names}
+    return {name: future.result() for name, future in opening.items()}
+
+
+def open_array(folder: Path, name: str) -> ts.TensorStore:
+    """One array of the database, opened for reading.
+
+    Raises:
+      ValueError: it is missing, or the database is damaged.
+    """
+    return ts.open(_array(folder, name), context=_context(), read=True, open=True).result()
+
+
+def start_reading(store: ts.TensorStore, part: tuple[slice, ...], dtype: np.dtype) -> tuple[np.ndarray, ts.WriteFutures]:
+    """Starts to read a part of `store`, cast to `dtype`; the array is complete when the future is.
+
+    The array starts at a multiple of 64 bytes, which lets a CPU device use it as it is rather than copy it.
+    """
+    source = ts.cast(store, dtype.name)[part]
+    size = source.size * dtype.itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    array = memory[start : start + size].view(dtype).reshape(source.shape)
+    return array, ts.array(array, copy=False, write=True).write(source)
+
+
+@contextlib.contextmanager
+def damage_is_a_user_error(folder: Path) -> Iterator[None]:
+    """TensorStore's errors while reading, as one sentence; checksums that do not match are among them."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"the model folder {folder} is damaged or cannot be read ({_first_words(error)}): copy or convert it again"
+        ) from error
+
+
+@contextlib.contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise UserError(f"cannot write {folder} ({_first_words(error)}): nothing was written") from error
+
+
+def _first_words(error: Exception) -> str:
+    return str(error).partition(" [tensorstore_spec=")[0]
+
+
+def _produce(name: str, leaf: LazyLeaf | np.ndarray) -> np.ndarray:
+    if isinstance(leaf, np.ndarray):
+        return leaf
+    try:
+        array = leaf.read()
+    except OSError as error:
+        raise UserError(f"cannot read {name} ({error})") from error
+    if array.shape != tuple(leaf.shape) or array.dtype != leaf.dtype:
+        raise ValueError(f"{name} was to be {leaf.dtype}{list(leaf.shape)}, but came as {array.dtype}{list(array.shape)}")
+    return array
+
+
+def _context() -> ts.Context:
+    """The index is kept in memory, array data is not."""
+    return ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": 10**8}})
+
+
+def _kvstore(folder: Path, path: str = "") -> dict[str, Any]:
+    base = {"driver": "file", "path": f"{folder}/"}
+    return {"driver": "ocdbt", "base": base, "path": path, "cache_pool": "cache_pool#ocdbt"}
+
+
+def _array(folder: Path, name: str) -> dict[str, Any]:
+    return {"driver": "zarr3", "kvstore": _kvstore(folder, f"{name}/"), "fill_missing_data_reads": False}
+
+
+def _new_array(folder: Path, name: str, leaf: LazyLeaf | np.ndarray) -> dict[str, Any]:
+    spec = _array(folder, name)
+    # A leaf's Zarr header stays in the index, so that opening it needs no read of its own.
+    spec["kvstore"] |= {"target_data_file_size": DATA_FILE_BYTES, "config": {"max_inline_value_bytes": 1024}}
+    chunk = chunk_shape(tuple(leaf.shape), np.dtype(leaf.dtype).itemsize)
+    metadata = {
+        "shape": list(leaf.shape),
+        "data_type": np.dtype(leaf.dtype).name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk)}},
+        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+    }
+    return spec | {"metadata": metadata, "store_data_equal_to_fill_value": True}
+
+
+def chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """Halves all axes in turn, long ones first, to `CHUNK_BYTES` or less, since any axis may be split between devices."""
+    chunk, halvings = list(shape), [0] * len(shape)
+    while math.prod(chunk) * itemsize > CHUNK_BYTES:
+        axis = min((a for a, n in enumerate(chunk) if n > 1), key=lambda a: (halvings[a], -chunk[a]))
+        chunk[axis] = -(-chunk[axis] // 2)
+        halvings[axis] += 1
+    return tuple(chunk)
+
+
+def _orbax_metadata(names: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree of a PyTree checkpoint in Orbax's ``_METADATA`` file: nested dicts of NumPy arrays."""
+    tree = {}
+    for name in names:
+        keys = name.split(".")
+        tree[str(tuple(keys))] = {
+            "key_metadata": [{"key": key, "key_type": 2} for key in keys],
+            "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},
+        }
+    return {
+        "tree_metadata": tree,
+        "use_ocdbt": True,
+        "use_zarr3": True,
+        "store_array_data_equal_to_fill_value": True,
+        "custom_metadata": None,
+    }

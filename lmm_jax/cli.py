@@ -1,0 +1,184 @@
+"""The command `lmm`: ask about pictures and videos, chat."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from lmm_jax.config import TEMPLATES
+from lmm_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from lmm_jax.inference.assistant import Assistant, Video
+
+CHAT_HELP = """\
+/image FILE   show a picture with the next question (several are possible)
+/video FILE   show a video with the next question
+/reset        forget everything
+/help         this list
+/quit         leave (also Ctrl-D)"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
+    args = _parser().parse_args(arguments)
+    return run_command(lambda: args.run(args))
+
+
+def run_command(command: Callable[[], None]) -> int:
+    """Runs a command so that what a user did wrong is one sentence on standard error and status 2."""
+    warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
+    try:
+        command()
+        sys.stdout.flush()
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lmm", description="LLaVA-Mini: ask about pictures and videos.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    ask = commands.add_parser("ask", help="answer one question", description="Prints the answer as it is generated.")
+    ask.add_argument("question", help="the question; may hold one <image> for each picture and video")
+    ask.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times")
+    ask.add_argument("--video", metavar="FILE", help="a video")
+    ask.add_argument("--start", type=float, metavar="SECONDS", help="where to begin in the video")
+    ask.add_argument("--end", type=float, metavar="SECONDS", help="where to stop in the video")
+    ask.add_argument("--fps", type=float, default=1.0, metavar="N", help="frames taken per second of video (1)")
+    ask.add_argument("--json", action="store_true", help="print one JSON object: answer, finish_reason, tokens")
+    _model_options(ask)
+    ask.set_defaults(run=_ask)
+
+    chat = commands.add_parser(
+        "chat",
+        help="ask several questions in a row",
+        description="A conversation; type\n\n" + CHAT_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _model_options(chat)
+    chat.set_defaults(run=_chat)
+    return parser
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", metavar="DIR", help="a model folder, made by python -m conversion from-hf")
+    model.add_argument("--mesh", metavar="SIZES", help="devices to use, as data=1,fsdp=8,tensor=1 (one device)")
+    model.add_argument("--dtype", choices=("float32", "bfloat16"), help="of weights and arithmetic (by platform)")
+    model.add_argument("--template", choices=TEMPLATES, help="prompt template (the model's own)")
+    answer = parser.add_argument_group("answer")
+    answer.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (512)")
+    answer.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (0)")
+    answer.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling (1: off)")
+    answer.add_argument("--top-k", type=int, default=0, metavar="K", help="sample among the K best tokens (0: all)")
+    answer.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (0)")
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed")}
+
+
+def _load(args: argparse.Namespace) -> Assistant:
+    if not args.model:
+        raise UserError("no model was given: --model DIR, a folder made by `python -m conversion from-hf SRC DIR`")
+    # so many things are checked before seconds of imports and loading
+    from lmm_jax.data.image import existing_file
+
+    for file, kind in [*((f, "picture") for f in getattr(args, "image", [])), (getattr(args, "video", None), "video")]:
+        if file:
+            existing_file(file, kind)
+
+    from lmm_jax import load
+    from lmm_jax.inference.sampling import Sampling
+
+    Sampling(**_sampling(args))
+    return load(args.model, mesh=args.mesh, dtype=args.dtype)
+
+
+def _ask(args: argparse.Namespace) -> None:
+    if not args.video and (args.start is not None or args.end is not None):
+        raise UserError("--start and --end choose a part of a video: give one with --video FILE")
+    assistant = _load(args)
+    from lmm_jax.inference.assistant import Conversation, Question
+
+    question = Question(args.question, args.image, _video(args))
+    asked = assistant.extend(Conversation(), question)
+    if args.json:
+        (answer,) = assistant.answers([asked], template=args.template, **_sampling(args))
+        fields = {"answer": answer.text, "finish_reason": answer.finish_reason, "tokens": len(answer.token_ids)}
+        print(json.dumps(fields, ensure_ascii=False))
+    else:
+        _print_pieces(assistant.stream_answer(asked, template=args.template, **_sampling(args)))
+
+
+def _video(args: argparse.Namespace) -> Video | None:
+    from lmm_jax.inference.assistant import Video
+
+    return Video(args.video, args.start, args.end, args.fps) if args.video else None
+
+
+def _print_pieces(pieces: Iterator[str]) -> None:
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+def _chat(args: argparse.Namespace) -> None:
+    assistant = _load(args)
+    assistant.tokenizer  # noqa: B018  a model that cannot chat says so now
+    chat, images, video = assistant.chat(args.template), [], None
+    print(CHAT_HELP if sys.stdin.isatty() else "", end="\n" if sys.stdin.isatty() else "")
+    while (line := _read_line()) is not None:
+        command, _, rest = line.strip().partition(" ")
+        if command == "/quit":
+            return
+        try:
+            if command == "/reset":
+                chat, images, video = assistant.chat(args.template), [], None
+            elif command == "/image":
+                images.append(_shown(rest, "picture"))
+            elif command == "/video":
+                video = _shown(rest, "video")
+            elif command.startswith("/"):
+                print(CHAT_HELP)
+            elif line.strip():
+                _print_pieces(chat.stream(line.strip(), images, video, **_sampling(args)))
+                images, video = [], None
+        except UserError as error:  # a slip of one turn does not end the conversation
+            print(f"error: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            print("\n(stopped: this turn is forgotten)")
+
+
+def _shown(path: str, kind: str) -> str:
+    from lmm_jax.data.image import existing_file, load_image
+
+    path = existing_file(os.path.expanduser(path.strip()), kind)
+    if kind == "picture":
+        load_image(path, upright=True)
+    return path
+
+
+def _read_line() -> str | None:
+    with contextlib.suppress(EOFError):
+        return input("> " if sys.stdin.isatty() else "")
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,402 @@
+"""Questions about pictures and videos in, answers out: the one door for the command line, evaluation and serving.
+
+Axis letters: B rows, P tiles per image, F frames, H,W pixels, T text tokens, T′ decoder positions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from PIL import Image
+
+from lmm_jax import checkpoint, sharding
+from lmm_jax.config import IMAGE_TOKEN_ID, ModelConfig
+from lmm_jax.data.conversation import Message, render, with_placeholders
+from lmm_jax.data.image import load_image, preprocess
+from lmm_jax.data.layout import Row, decoder_length
+from lmm_jax.data.tokenize import StreamDecoder, Tokenizer, stop_token_ids
+from lmm_jax.data.video import FrameStream, stream_frames
+from lmm_jax.errors import UserError
+from lmm_jax.inference.engine import Engine, Medium, Request
+from lmm_jax.inference.sampling import Sampling
+from lmm_jax.models.llava_mini import abstract_params
+
+Picture = str | os.PathLike | bytes | Image.Image
+
+
+@dataclasses.dataclass(frozen=True)
+class Video:
+    """A video file, or a part of it.
+
+    Attributes:
+      path: of the file.
+      start, end: seconds; None is the beginning or the end.
+      fps: frames taken per second.
+    """
+
+    path: str | os.PathLike
+    start: float | None = None
+    end: float | None = None
+    fps: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A question on its own; its images come first in the prompt, then its video, unless the text has `<image>` for each."""
+
+    text: str
+    images: Sequence[Picture] = ()
+    video: Video | str | os.PathLike | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """Turns so far.
+
+    Attributes:
+      messages: user and assistant in turn.
+      media: what the `<image>` placeholders stand for, in order: pixels (P,H,W,3) uint8, or a Video.
+    """
+
+    messages: tuple[Message, ...] = ()
+    media: tuple[np.ndarray | Video, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What came of a question.
+
+    Attributes:
+      text: without end token, stripped.
+      token_ids: with it.
+      finish_reason: "stop" (an end token) or "length" (max_new_tokens, or the model's context).
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+
+
+class Assistant:
+    """A loaded model. `load` makes one."""
+
+    def __init__(self, folder: Path, config: ModelConfig, engine: Engine) -> None:
+        """Reads the tokenizer when the first question comes."""
+        self.folder, self.config, self.engine = folder, config, engine
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The model folder's tokenizer. Raises UserError where it has none."""
+        return Tokenizer.load(self.folder)
+
+    # ---- questions ------------------------------------------------------------------------------------------------
+
+    def ask(
+        self,
+        question: str,
+        images: Sequence[Picture] = (),
+        video: Video | str | os.PathLike | None = None,
+        *,
+        template: str | None = None,
+        **sampling: Any,
+    ) -> str:
+        """The answer to one question.
+
+        Args:
+          question: may have one `<image>` for each image and video; else they come first.
+          images: paths, file contents or Pillow images; EXIF rotation is applied.
+          video: a path or a `Video`.
+          template: one of `config.TEMPLATES`; None is the model's own.
+          **sampling: fields of `Sampling` (max_new_tokens, temperature, top_p, top_k, seed).
+
+        Raises:
+          UserError: media that cannot be read, a prompt longer than the model's context, a model without tokenizer.
+        """
+        return self.ask_batch([Question(question, images, video)], template=template, **sampling)[0]
+
+    def ask_batch(self, questions: Sequence[Question | str], *, template: str | None = None, **sampling: Any) -> list[str]:
+        """Answers to many questions at once, each the same as if asked alone; see `ask`."""
+        asked = [self.extend(Conversation(), Question(q) if isinstance(q, str) else q) for q in questions]
+        return [answer.text for answer in self.answers(asked, template=template, **sampling)]
+
+    def stream(
+        self,
+        question: str,
+        images: Sequence[Picture] = (),
+        video: Video | str | os.PathLike | None = None,
+        *,
+        template: str | None = None,
+        **sampling: Any,
+    ) -> Iterator[str]:
+        """The answer to one question in pieces, as it is generated; see `ask`."""
+        asked = self.extend(Conversation(), Question(question, images, video))
+        return self.stream_answer(asked, template=template, **sampling)
+
+    def chat(self, template: str | None = None) -> Chat:
+        """A conversation of several turns."""
+        return Chat(self, template)
+
+    def extend(self, conversation: Conversation, question: Question) -> Conversation:
+        """The conversation with one more question, its pictures read and preprocessed.
+
+        Raises:
+          UserError: a picture that cannot be read, or placeholders that do not match the media.
+        """
+        one = isinstance(question.images, Picture)
+        pictures = [load_image(p, upright=True) for p in ([question.images] if one else question.images)]
+        media: list[np.ndarray | Video] = [self._pixels(p) for p in pictures]
+        if question.video is not None:
+            media.append(question.video if isinstance(question.video, Video) else Video(question.video))
+        message = Message("user", with_placeholders(question.text, len(media)))
+        return Conversation((*conversation.messages, message), (*conversation.media, *media))
+
+    def answers(self, conversations: Sequence[Conversation], *, template: str | None = None, **sampling: Any) -> list[Answer]:
+        """Answers to conversations that end with a question; arguments as for `ask`."""
+        settings, stop = _sampling(sampling), self._stop_ids(template)
+        with contextlib.ExitStack() as stack:
+            requests = [self._request(c, template, settings, stack) for c in conversations]
+            tokens = self.engine.generate(requests, stop)
+        return [self._answer(ids, stop) for ids in tokens]
+
+    def stream_answer(self, conversation: Conversation, *, template: str | None = None, **sampling: Any) -> Iterator[str]:
+        """The answer to a conversation that ends with a question, in pieces; their sum, stripped, is the answer's text."""
+        settings, stop = _sampling(sampling), self._stop_ids(template)
+        decoder, blank = StreamDecoder(self.tokenizer), True
+        with contextlib.ExitStack() as stack:
+            request = self._request(conversation, template, settings, stack)
+            for token in self.engine.stream(request, stop):
+                piece = decoder.push(token) if token not in stop else decoder.flush()
+                piece = piece.lstrip() if blank else piece
+                blank = blank and not piece
+                if piece:
+                    yield piece
+        if rest := decoder.flush():
+            yield rest
+
+    # ---- numbers to check against other implementations -----------------------------------------------------------
+
+    def logits(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, pixel_values: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Next-token logits at every decoder position.
+
+        Args:
+          input_ids: (B,T) int; IMAGE_TOKEN_ID (−200) is a row's image or video.
+          attention_mask: (B,T), 0 on padding; None: no padding.
+          pixel_values: (B,P,3,H,W) normalised float32, or a video per row (B,F,P,3,H,W).
+
+        Returns:
+          (B,T′,vocab) float32, T′ = T − 1 + vision tokens; zeros past a row's end.
+        """
+        rows, media = self._rows(input_ids, attention_mask, pixel_values)
+        got, layout = self.engine.logits(rows, media)
+        out = np.zeros((len(rows), _padded_length(input_ids, rows, self.config), got.shape[-1]), np.float32)
+        for b, n in enumerate(layout.lengths[: len(rows)]):
+            out[b, :n] = got[b, :n]
+        return out
+
+    def loss(
+        self,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray | None,
+        labels: np.ndarray,
+        pixel_values: np.ndarray | None = None,
+    ) -> float:
+        """Mean next-token cross-entropy in nats over `labels` (B,T) that are not −100; those positions are not fused."""
+        rows, media = self._rows(input_ids, attention_mask, pixel_values, labels)
+        total, count = self.engine.loss(rows, media)
+        if not count:
+            raise UserError("labels are all -100: there is nothing to predict")
+        return total / count
+
+    def generate(
+        self,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray | None = None,
+        pixel_values: np.ndarray | None = None,
+        max_new_tokens: int = 512,
+        **sampling: Any,
+    ) -> np.ndarray:
+        """New tokens (B,max_new_tokens) int32, −1 after the checkpoint's end token; arguments as for `logits`."""
+        rows, media = self._rows(input_ids, attention_mask, pixel_values)
+        settings = _sampling({"max_new_tokens": max_new_tokens, **sampling})
+        requests = [Request(r.ids, m, settings) for r, m in zip(rows, media)]
+        out = np.full((len(rows), max_new_tokens), -1, np.int32)
+        for b, tokens in enumerate(self.engine.generate(requests, self.config.eos_token_ids)):
+            out[b, : len(tokens)] = tokens
+        return out
+
+    # ---- inside ---------------------------------------------------------------------------------------------------
+
+    def _rows(
+        self,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray | None,
+        pixel_values: np.ndarray | None,
+        labels: np.ndarray | None = None,
+    ) -> tuple[list[Row], list[list[Medium]]]:
+        input_ids = np.asarray(input_ids)
+        mask = np.ones(input_ids.shape, bool) if attention_mask is None else np.asarray(attention_mask) != 0
+        _check_arrays(self.config, input_ids, mask, pixel_values, labels)
+        rows, media = [], []
+        for b, seen in enumerate(mask):
+            ids = input_ids[b][seen]
+            count, of_row = int((ids == IMAGE_TOKEN_ID).sum()), []
+            if pixel_values is not None and count:
+                pixels = np.moveaxis(np.asarray(pixel_values[b]), -3, -1)  # (P,H,W,3), or (F,P,H,W,3)
+                of_row = [list(pixels) if pixels.ndim == 5 else pixels]
+            images = tuple(len(m) if isinstance(m, list) else 1 for m in of_row)
+            rows.append(Row(ids, images, None if labels is None else np.asarray(labels)[b][seen]))
+            media.append(of_row)
+        return rows, media
+
+    def _stop_ids(self, template: str | None) -> tuple[int, ...]:
+        return stop_token_ids(self.tokenizer, template or self.config.template, self.config.eos_token_ids)
+
+    def _request(
+        self, conversation: Conversation, template: str | None, sampling: Sampling, stack: contextlib.ExitStack
+    ) -> Request:
+        spans = render(conversation.messages, template or self.config.template, self.tokenizer, generate=True)
+        ids, _ = self.tokenizer.encode(spans)
+        return Request(ids, [self._open(m, stack) for m in conversation.media], sampling)
+
+    def _open(self, medium: np.ndarray | Video, stack: contextlib.ExitStack) -> Medium:
+        if isinstance(medium, np.ndarray):
+            return medium
+        size = self.config.vision.image_size
+        frames = stream_frames(medium.path, size=size, fps=medium.fps, start=medium.start, end=medium.end)
+        return _Frames(stack.enter_context(frames), self._pixels)
+
+    def _pixels(self, picture: Image.Image) -> np.ndarray:
+        c = self.config
+        return preprocess(
+            picture, size=c.vision.image_size, aspect_ratio=c.image_aspect_ratio, resolution_ratio=c.resolution_ratio
+        )
+
+    def _answer(self, ids: list[int], stop: Sequence[int]) -> Answer:
+        ended = bool(ids) and ids[-1] in stop
+        return Answer(self.tokenizer.decode(ids[:-1] if ended else ids).strip(), ids, "stop" if ended else "length")
+
+
+class Chat:
+    """A conversation going on. Each answer is the same as if the whole transcript were asked afresh.
+
+    Attributes:
+      conversation: turns so far.
+    """
+
+    def __init__(self, assistant: Assistant, template: str | None = None) -> None:
+        """Starts empty; `template` as for `Assistant.ask`."""
+        self._assistant, self._template = assistant, template
+        self.conversation = Conversation()
+
+    def ask(
+        self,
+        question: str,
+        images: Sequence[Picture] = (),
+        video: Video | str | os.PathLike | None = None,
+        **sampling: Any,
+    ) -> str:
+        """The next answer; arguments as for `Assistant.ask`. A question that fails leaves the conversation as it was."""
+        return "".join(self.stream(question, images, video, **sampling)).strip()
+
+    def stream(
+        self,
+        question: str,
+        images: Sequence[Picture] = (),
+        video: Video | str | os.PathLike | None = None,
+        **sampling: Any,
+    ) -> Iterator[str]:
+        """The next answer in pieces. The turn becomes part of the conversation when its last piece was taken."""
+        asked = self._assistant.extend(self.conversation, Question(question, images, video))
+        pieces = []
+        for piece in self._assistant.stream_answer(asked, template=self._template, **sampling):
+            pieces.append(piece)
+            yield piece
+        answer = Message("assistant", "".join(pieces).strip())
+        self.conversation = Conversation((*asked.messages, answer), asked.media)
+
+
+class _Frames:
+    """Frames of a video as the engine takes them: sized, each (P,H,W,3) uint8."""
+
+    def __init__(self, frames: FrameStream, pixels: Callable[[Image.Image], np.ndarray]) -> None:
+        self._frames, self._pixels = frames, pixels
+
+    def __len__(self) -> int:
+        return len(self._frames)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self._pixels(Image.fromarray(frame)) for frame in self._frames)
+
+
+def load(
+    folder: str | os.PathLike,
+    *,
+    mesh: Mesh | str | None = None,
+    dtype: Any = None,
+    attention: str = "auto",
+    prefix_cache_bytes: int = 512 * 2**20,
+) -> Assistant:
+    """Loads a model folder, each device its own shards.
+
+    Args:
+      folder: made by ``python -m conversion from-hf``.
+      mesh: of `sharding.make_mesh`, or its text form ``"data=1,fsdp=8,tensor=1"``; None is one device.
+      dtype: of weights and arithmetic; None is bfloat16 on TPU and GPU, float32 on CPU.
+      attention: kernel, one of `models.attention.IMPLEMENTATIONS`.
+      prefix_cache_bytes: device memory for pictures that may be asked about again.
+
+    Raises:
+      UserError: no model folder, not converted yet, damaged, or a mesh that does not fit the devices.
+    """
+    config = checkpoint.read_config(Path(folder))
+    mesh = mesh if isinstance(mesh, Mesh) else sharding.make_mesh(mesh)
+    use_compilation_cache()
+    dtype = jnp.dtype(dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16))
+    params = checkpoint.load_params(Path(folder), abstract_params(config, mesh, dtype))
+    engine = Engine(config, params, mesh, dtype=dtype, attention=attention, prefix_cache_bytes=prefix_cache_bytes)
+    return Assistant(Path(folder), config, engine)
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache folder, unless JAX was told where (JAX_COMPILATION_CACHE_DIR)."""
+    if jax.config.jax_compilation_cache_dir is None:
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(base, "lmm-jax", "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _sampling(fields: dict[str, Any]) -> Sampling:
+    unknown = set(fields) - {f.name for f in dataclasses.fields(Sampling)}
+    if unknown:
+        raise TypeError(f"unknown arguments: {', '.join(sorted(unknown))}")
+    return Sampling(**fields)
+
+
+def _padded_length(input_ids: np.ndarray, rows: Sequence[Row], config: ModelConfig) -> int:
+    return max(np.shape(input_ids)[1] - len(r.ids) + decoder_length(r, config) for r in rows)
+
+
+def _check_arrays(
+    config: ModelConfig, ids: np.ndarray, mask: np.ndarray, pixels: np.ndarray | None, labels: np.ndarray | None
+) -> None:
+    if ids.ndim != 2 or mask.shape != ids.shape or (labels is not None and np.shape(labels) != ids.shape):
+        shapes = f"{ids.shape}, {mask.shape}" + ("" if labels is None else f", {np.shape(labels)}")
+        raise UserError(f"input_ids, attention_mask and labels must all have the shape (B, T), got {shapes}")
+    if pixels is None:
+        return
+    side = config.vision.image_size
+    picture, shape = (config.tiles, 3, side, side), np.shape(pixels)
+    if len(shape) not in (5, 6) or shape[0] != len(ids) or shape[-4:] != picture:
+        raise UserError(f"pixel_values have the shape {shape}: expected (B, *{picture}), or (B, F, *{picture}) for videos")

@@ -1,0 +1,405 @@
+"""The jitted programs of inference, and the host code that feeds them.
+
+    images, frames ─ encode ─ fuse ─ accumulate ─┐        chunks of images: memory does not grow with a video's length
+    prompt ids ──────────────────────────────────┴─ place ─ prefill ─ decode … decode        rows of a batch
+
+Every shape is rounded up to a bucket, so the number of compiled programs is bounded whatever is asked.
+Axis letters: B rows, N images of a chunk, P tiles, H,W pixels, T decoder positions, I instruction tokens, M new tokens,
+V vision tokens per image, D width.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.sharding import Mesh
+
+from lmm_jax import sharding
+from lmm_jax.config import ModelConfig
+from lmm_jax.data.layout import Layout, Row, check_row, decoder_length, fused_length, lay_out
+from lmm_jax.errors import UserError
+from lmm_jax.inference.buckets import bucket, image_bucket
+from lmm_jax.inference.prefix_cache import PrefixCache
+from lmm_jax.inference.sampling import Sampler, Sampling, sample
+from lmm_jax.models.llama import KV, empty_cache
+from lmm_jax.models.llava_mini import ImagePrefix, LlavaMini
+from lmm_jax.models.loss import next_token_loss
+
+CHUNK = 8  # images encoded at once
+SMALLEST_LENGTH = 16
+MAX_BATCH = 16
+MAX_POSITIONS = 32768  # rows × positions of one batch
+STREAM_STEPS = 8  # tokens between two looks at a stream, once it runs
+
+Medium = np.ndarray | Iterable[np.ndarray]
+"""An image: pixels (P,H,W,3), uint8 or normalised float32; or a video: a sized iterable of such, one per frame."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One prompt to continue: ids with a placeholder for each medium."""
+
+    ids: np.ndarray
+    media: Sequence[Medium] = ()
+    sampling: Sampling = Sampling()
+
+    def row(self) -> Row:
+        """The prompt without its pixels."""
+        return Row(self.ids, tuple(_frames(m) for m in self.media))
+
+
+@struct.dataclass
+class DecodeState:
+    """A batch in the middle of generating.
+
+    Attributes:
+      cache: keys and values, see `llama.empty_cache`.
+      position: (B,) int32, where each row's newest token is written next.
+      tokens: (B,M) int32, generated so far, the end token included.
+      count: (B,) int32, how many of them.
+      limit: (B,) int32, at most so many.
+      done: (B,) bool.
+      sampler: settings of the rows.
+    """
+
+    cache: dict[str, KV]
+    position: jax.Array
+    tokens: jax.Array
+    count: jax.Array
+    limit: jax.Array
+    done: jax.Array
+    sampler: Sampler
+
+
+class Engine:
+    """A model on a mesh."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Any,
+        mesh: Mesh,
+        *,
+        dtype: Any,
+        attention: str = "auto",
+        prefix_cache_bytes: int = 512 * 2**20,
+    ) -> None:
+        """Takes parameters already on the mesh; compiles nothing yet.
+
+        Args:
+          config: sizes.
+          params: nested dict as `abstract_params` describes.
+          mesh: from `sharding.make_mesh`.
+          dtype: of arithmetic and of the key/value cache.
+          attention: kernel, see `models.attention`.
+          prefix_cache_bytes: device memory for image prefixes.
+        """
+        self.config, self.params, self.mesh = config, params, mesh
+        self.prefixes = PrefixCache(prefix_cache_bytes)
+        self._model = LlavaMini(config, dtype, attention)
+        self._dtype = dtype
+        self._multiple = sharding.batch_multiple(mesh)
+        self._chunk = self._multiple * max(1, CHUNK // self._multiple)
+        self._encode = jax.jit(lambda params, pixels: self._apply(params, "encode_image", pixels))
+        self._fuse = jax.jit(self._fuse_text)
+        self._accumulate = jax.jit(_accumulate, donate_argnums=0)
+        self._split = jax.jit(_split_prefix)
+        self._join = jax.jit(_join_prefixes)
+        self._place = jax.jit(self._place_tokens)
+        self._prefill = jax.jit(self._prefill_rows, static_argnames="room")
+        self._decode = jax.jit(self._decode_steps, donate_argnums=1)
+        self._all_logits = jax.jit(lambda params, x: self._apply(params, "decode", x)[0])
+        self._loss = jax.jit(lambda params, x, labels: next_token_loss(self._apply(params, "decode", x)[0], labels))
+
+    # ---- what people call -----------------------------------------------------------------------------------------
+
+    def generate(self, requests: Sequence[Request], stop_ids: Sequence[int]) -> list[list[int]]:
+        """New tokens of every request, up to and with the first of `stop_ids`; requests of like length share a batch."""
+        answers: list[list[int]] = [[] for _ in requests]
+        stop = np.array(stop_ids, np.int32)
+        for batch in self._batches(requests):
+            state = self._start([requests[i] for i in batch], stop)
+            while not np.asarray(state.done).all():
+                state = self._advance(state, stop, state.tokens.shape[1])
+            tokens, count = np.asarray(state.tokens), np.asarray(state.count)
+            for b, i in enumerate(batch):
+                answers[i] = tokens[b, : count[b]].tolist()
+        return answers
+
+    def stream(self, request: Request, stop_ids: Sequence[int]) -> Iterator[int]:
+        """New tokens of one request as they come, up to and with the first of `stop_ids`."""
+        self._check(request)
+        stop = np.array(stop_ids, np.int32)
+        state, seen, steps = self._start([request], stop), 0, 1
+        while True:
+            tokens, count, done = np.asarray(state.tokens[0]), int(state.count[0]), bool(state.done[0])
+            yield from tokens[seen:count].tolist()
+            if done:
+                return
+            seen, state = count, self._advance(state, stop, steps)
+            steps = min(2 * steps, STREAM_STEPS)
+
+    def logits(self, rows: Sequence[Row], media: Sequence[Sequence[Medium]]) -> tuple[np.ndarray, Layout]:
+        """Next-token logits at every position of every row: (B,T,vocab) float32, with the layout that says what T holds."""
+        x, layout = self.embed(rows, media)
+        with jax.set_mesh(self.mesh):
+            out = self._all_logits(self.params, x)
+        return np.asarray(out)[: len(rows)], layout
+
+    def loss(self, rows: Sequence[Row], media: Sequence[Sequence[Medium]]) -> tuple[float, float]:
+        """Sum of the cross-entropies of all labels in nats, and their number."""
+        x, layout = self.embed(rows, media)
+        with jax.set_mesh(self.mesh):
+            total, count = self._loss(self.params, x, layout.labels)
+        return float(total), float(count)
+
+    def embed(self, rows: Sequence[Row], media: Sequence[Sequence[Medium]]) -> tuple[jax.Array, Layout]:
+        """The decoder's input (B,T,D), rows and lengths padded to buckets, and its layout.
+
+        `media` holds, per row, what its placeholders stand for. A video that ends early takes the room of its real frames.
+        """
+        for row in rows:
+            check_row(row, self.config)
+        batch = self._multiple * bucket(-(-len(rows) // self._multiple))
+        longest = max(fused_length(r, self.config) for r in rows)
+        fused = bucket(longest, SMALLEST_LENGTH) if longest else 1
+        first = lay_out(rows, self.config, fused=fused, batch=batch)
+        with jax.set_mesh(self.mesh):
+            state, counts = self._take_images(first, media)
+            rows = [dataclasses.replace(r, images=tuple(c)) for r, c in zip(rows, counts)]
+            length = bucket(max(decoder_length(r, self.config) for r in rows), SMALLEST_LENGTH)
+            layout = lay_out(rows, self.config, length=length, fused=fused, batch=batch)
+            images = np.bincount(layout.image_rows, minlength=batch).astype(np.float32)
+            return self._place(self.params, layout.ids, state, images, layout.fused_index, layout.vision_index), layout
+
+    # ---- host side of the programs --------------------------------------------------------------------------------
+
+    def _check(self, request: Request) -> int:
+        """Positions the prompt takes; raises UserError where the model's context cannot hold it."""
+        check_row(request.row(), self.config)
+        length, limit = decoder_length(request.row(), self.config), self.config.decoder.max_position_embeddings
+        if length >= limit:
+            raise UserError(
+                f"the prompt takes {length} positions with its images, the model's context is {limit}: "
+                "shorten the text, give fewer images or a lower --fps"
+            )
+        return length
+
+    def _batches(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Indices grouped so that rows of one batch are of like length."""
+        lengths = [self._check(r) for r in requests]
+        batches: list[list[int]] = []
+        for i in sorted(range(len(requests)), key=lambda i: lengths[i]):
+            size = bucket(lengths[i], SMALLEST_LENGTH)
+            full = not batches or len(batches[-1]) == MAX_BATCH or (len(batches[-1]) + 1) * size > MAX_POSITIONS
+            if full:
+                batches.append([])
+            batches[-1].append(i)
+        return batches
+
+    def _start(self, requests: Sequence[Request], stop: np.ndarray) -> DecodeState:
+        x, layout = self.embed([r.row() for r in requests], [r.media for r in requests])
+        context = self.config.decoder.max_position_embeddings
+        limits = np.zeros(len(layout.lengths), np.int32)  # padding rows are done at once
+        settings = [r.sampling for r in requests]
+        limits[: len(requests)] = [min(s.max_new_tokens, context - n) for s, n in zip(settings, layout.lengths)]
+        settings += [Sampling()] * (len(limits) - len(requests))
+        room = bucket(int(limits.max()), SMALLEST_LENGTH)
+        with jax.set_mesh(self.mesh):
+            return self._prefill(self.params, x, layout.lengths, limits, Sampler.of(settings), stop, room=room)
+
+    def _advance(self, state: DecodeState, stop: np.ndarray, steps: int) -> DecodeState:
+        with jax.set_mesh(self.mesh):
+            return self._decode(self.params, state, stop, np.int32(steps))
+
+    def _take_images(self, layout: Layout, media: Sequence[Sequence[Medium]]) -> tuple[Accumulator | None, list[list[int]]]:
+        """Encodes and fuses all images, chunk by chunk -> what `place` needs, and the real number of images per medium."""
+        counts = [[0] * len(m) for m in media]
+        planned = len(layout.image_rows)
+        if not planned:
+            return None, counts
+        m = self._multiple
+        room = m * image_bucket(-(-planned // m), self._chunk // m)
+        size = min(room, self._chunk)
+        state = self._empty(layout.fused_ids.shape, room)
+        in_flight: collections.deque[jax.Array] = collections.deque()
+        for number, chunk in enumerate(_chunks(_flow(media, counts, self.prefixes.max_bytes // self._prefix_bytes()), size)):
+            rows = np.full(size, len(layout.ids), np.int32)  # past the last row: dropped
+            rows[: len(chunk)] = [item.row for item in chunk]
+            prefix = self._prefix(chunk, size)
+            text = None
+            if self.config.prefusion_layers:
+                ids = layout.fused_ids[np.minimum(rows, len(layout.ids) - 1)]
+                text = self._fuse(self.params, ids, prefix)
+            state = self._accumulate(state, text, prefix.tokens, rows, np.int32(number * size))
+            in_flight.append(prefix.tokens)
+            if len(in_flight) > 2:  # do not run ahead of the device: pixels of a whole video would pile up
+                in_flight.popleft().block_until_ready()
+        return state, counts
+
+    def _prefix_bytes(self) -> int:
+        c, d = self.config, self.config.decoder
+        keys_and_values = 2 * c.prefusion_layers * c.prefix_length * d.num_kv_heads * d.head_dim
+        return (keys_and_values + c.tokens_per_image * d.hidden_size) * jnp.dtype(self._dtype).itemsize
+
+    def _empty(self, fused_shape: tuple[int, int], room: int) -> Accumulator:
+        width, v = self.config.decoder.hidden_size, self.config.tokens_per_image
+        text = np.zeros((*fused_shape, width), np.float32) if self.config.prefusion_layers else None
+        return Accumulator(text, np.zeros((room, v, width), self._dtype))
+
+    def _prefix(self, chunk: list[_Item], size: int) -> ImagePrefix:
+        """Prefixes of a chunk's images, padded to `size`; single images come from the cache or go there."""
+        keys = [PrefixCache.key(i.pixels) if i.keep else None for i in chunk]
+        known = {k: p for k in set(keys) if k and (p := self.prefixes.get(k))}
+        first = {k: n for n, k in reversed(list(enumerate(keys)))}  # a picture that comes twice is encoded once
+        missing = [n for n, k in enumerate(keys) if k not in known and (k is None or first[k] == n)]
+        if missing:
+            pixels = np.zeros((size, *chunk[0].pixels.shape), chunk[0].pixels.dtype)
+            for slot, n in enumerate(missing):
+                pixels[slot] = chunk[n].pixels
+            encoded = self._encode(self.params, pixels)
+            if not any(keys):
+                return encoded
+            single = self._split(encoded)
+            for slot, n in enumerate(missing):
+                known[keys[n] or n] = single[slot]
+                if keys[n]:
+                    self.prefixes.put(keys[n], single[slot])
+        parts = [known[k or n] for n, k in enumerate(keys)]
+        return self._join(parts + [parts[-1]] * (size - len(parts)))
+
+    # ---- the programs ---------------------------------------------------------------------------------------------
+
+    def _apply(self, params: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+        return self._model.apply({"params": params}, *args, method=method, **kwargs)
+
+    def _fuse_text(self, params: Any, ids: jax.Array, prefix: ImagePrefix) -> jax.Array:
+        text = self._apply(params, "embed", ids)
+        return self._apply(params, "fuse_text", text, prefix).astype(jnp.float32)
+
+    def _place_tokens(
+        self,
+        params: Any,
+        ids: jax.Array,
+        state: Accumulator | None,
+        images: jax.Array,
+        fused_index: jax.Array,
+        vision_index: jax.Array,
+    ) -> jax.Array:
+        if state is None:
+            return self._apply(params, "embed", ids)
+        fused = None if state.text is None else state.text / jnp.maximum(images, 1)[:, None, None]
+        return self._apply(params, "place_tokens", ids, fused, state.tokens, fused_index, vision_index)
+
+    def _prefill_rows(
+        self, params: Any, x: jax.Array, lengths: jax.Array, limits: jax.Array, sampler: Sampler, stop: jax.Array, *, room: int
+    ) -> DecodeState:
+        batch, length = x.shape[:2]
+        cache = empty_cache(self.config.decoder, batch, length + room, self._dtype)
+        logits, cache = self._apply(params, "decode", x, cache=cache, last=lengths - 1)
+        count = jnp.zeros(batch, jnp.int32)
+        token = sample(logits[:, 0], sampler, count)
+        tokens = jnp.zeros((batch, room), jnp.int32).at[:, 0].set(token)
+        done = jnp.isin(token, stop) | (limits <= 1)
+        return DecodeState(cache, lengths, tokens, count + (limits > 0), limits, done, sampler)
+
+    def _decode_steps(self, params: Any, state: DecodeState, stop: jax.Array, steps: jax.Array) -> DecodeState:
+        """Up to `steps` tokens for every row that is not done."""
+        rows = jnp.arange(state.tokens.shape[0])
+
+        def one(carry: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
+            step, s = carry
+            newest = s.tokens[rows, jnp.maximum(s.count - 1, 0)]
+            x = self._apply(params, "embed", newest[:, None])
+            logits, cache = self._apply(params, "decode", x, cache=s.cache, write_at=s.position)
+            token = sample(logits[:, 0], s.sampler, s.count)
+            going = ~s.done
+            count = s.count + going
+            return step + 1, s.replace(
+                cache=cache,
+                position=s.position + going,
+                tokens=s.tokens.at[rows, jnp.where(going, s.count, s.tokens.shape[1])].set(token, mode="drop"),
+                count=count,
+                done=s.done | jnp.isin(token, stop) | (count >= s.limit),
+            )
+
+        def more(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
+            return (carry[0] < steps) & ~carry[1].done.all()
+
+        return jax.lax.while_loop(more, one, (jnp.int32(0), state))[1]
+
+
+@struct.dataclass
+class Accumulator:
+    """What is kept of images that went by: sum of fused text (B,I,D) float32, or None; vision tokens (room,V,D)."""
+
+    text: jax.Array | None
+    tokens: jax.Array
+
+
+def _accumulate(state: Accumulator, text: jax.Array | None, tokens: jax.Array, rows: jax.Array, at: jax.Array) -> Accumulator:
+    """Adds fused text (N,I,D) to its rows (N,) and writes vision tokens (N,V,D) from image number `at` on."""
+    total = state.text if text is None else state.text.at[rows].add(text, mode="drop")
+    start = (at, jnp.int32(0), jnp.int32(0))
+    return Accumulator(total, jax.lax.dynamic_update_slice(state.tokens, tokens.astype(state.tokens.dtype), start))
+
+
+def _image_axis(path: tuple) -> int:
+    return 1 if any(getattr(k, "key", None) == "stack" for k in path) else 0
+
+
+def _split_prefix(prefix: ImagePrefix) -> list[ImagePrefix]:
+    """One prefix per image, each with N = 1."""
+
+    def take(n: int) -> ImagePrefix:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: jax.lax.slice_in_dim(x, n, n + 1, axis=_image_axis(path)), prefix
+        )
+
+    return [take(n) for n in range(prefix.tokens.shape[0])]
+
+
+def _join_prefixes(prefixes: list[ImagePrefix]) -> ImagePrefix:
+    return jax.tree_util.tree_map_with_path(lambda path, *xs: jnp.concatenate(xs, axis=_image_axis(path)), *prefixes)
+
+
+@dataclasses.dataclass
+class _Item:
+    row: int
+    pixels: np.ndarray
+    keep: bool  # worth a place in the prefix cache
+
+
+def _frames(medium: Medium) -> int:
+    return 1 if isinstance(medium, np.ndarray) else len(medium)
+
+
+def _flow(media: Sequence[Sequence[Medium]], counts: list[list[int]], fits: int) -> Iterator[_Item]:
+    """All images and frames in order; `counts` is filled with how many each medium really had.
+
+    Media of at most `fits` images are kept: a longer video would only push everything out of the cache.
+    """
+    for row, of_row in enumerate(media):
+        for m, medium in enumerate(of_row):
+            keep = _frames(medium) <= fits
+            for pixels in [medium] if isinstance(medium, np.ndarray) else medium:
+                counts[row][m] += 1
+                yield _Item(row, pixels, keep)
+
+
+def _chunks(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
+    chunk: list[_Item] = []
+    for item in items:
+        if chunk and (len(chunk) == size or item.pixels.dtype != chunk[0].pixels.dtype):
+            yield chunk
+            chunk = []
+        chunk.append(item)
+    if chunk:
+        yield chunk
