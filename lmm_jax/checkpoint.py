@@ -172,15 +172,14 @@ def load_params(folder: Path | str, abstract: Any, *, dtype: Any = None) -> Any:
     faults += [f"{name} is unknown to the model" for name in stores if name not in wanted and not is_export_only(name, config)]
     if faults:
         raise UserError(f"the parameters in {folder} do not fit the model: " + "; ".join(faults))
-    with checkpoint_io.damage_is_a_user_error(folder):
-        loaded = [
-            _place(ts.stack([stores[n] for n in names[path]]) if "/stack/" in path else stores[names[path][0]], leaf, dtype)
-            for path, leaf in leaves.items()
-        ]
+    loaded = []
+    for path, leaf in leaves.items():
+        layers = [stores[name] for name in names[path]]
+        loaded.append(_place(folder, ts.stack(layers) if "/stack/" in path else layers[0], leaf, dtype))
     return jax.tree.unflatten(jax.tree.structure(abstract), loaded)
 
 
-def _place(store: ts.TensorStore, leaf: jax.ShapeDtypeStruct, dtype: Any) -> jax.Array:
+def _place(folder: Path, store: ts.TensorStore, leaf: jax.ShapeDtypeStruct, dtype: Any) -> jax.Array:
     """Reads each different slice once, all at the same time, and hands it to the devices that hold it."""
     dtype = jnp.dtype(leaf.dtype if dtype is None else dtype)
 
@@ -189,8 +188,9 @@ def _place(store: ts.TensorStore, leaf: jax.ShapeDtypeStruct, dtype: Any) -> jax
 
     slices = {bounds(index) for index in leaf.sharding.addressable_devices_indices_map(leaf.shape).values()}
     parts = {key: checkpoint_io.start_reading(store, tuple(slice(a, b) for a, b, _ in key), dtype) for key in slices}
-    for _, done in parts.values():
-        done.result()
+    with checkpoint_io.damage_is_a_user_error(folder):
+        for _, done in parts.values():
+            done.result()
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: parts[bounds(index)][0], dtype=dtype)
 
 

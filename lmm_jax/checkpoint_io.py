@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -59,16 +60,18 @@ def write_arrays(
       progress: called with the bytes of each leaf that is written.
 
     Raises:
-      UserError: the disk refuses (full, not permitted, …), or a leaf cannot be read from its own file.
+      OSError: the disk refuses (full, not permitted, …).
+      UserError: a leaf cannot be read from its own file.
       ValueError: a leaf produces another shape or dtype than it promised. What else `LazyLeaf.read` raises passes through.
     """
     context = _context()
     writing: collections.deque[tuple[int, ts.WriteFutures]] = collections.deque()
 
     def finish_oldest() -> None:
-        size, future = writing.popleft()
-        with _disk_errors(folder):
+        size, future = writing[0]
+        with _disk_errors():
             future.result()
+        writing.popleft()
         if progress:
             progress(size)
 
@@ -78,7 +81,7 @@ def write_arrays(
             while writing and size + sum(n for n, _ in writing) > IN_FLIGHT_BYTES:
                 finish_oldest()
             array = _produce(name, leaf)
-            with _disk_errors(folder):
+            with _disk_errors():
                 store = ts.open(_new_array(folder, name, leaf), context=context, create=True).result()
                 writing.append((size, store.write(array, can_reference_source_data_indefinitely=True)))
             del array
@@ -87,8 +90,7 @@ def write_arrays(
     finally:
         for _, future in writing:
             future.exception()  # waits
-    with _disk_errors(folder):
-        (folder / "_METADATA").write_text(json.dumps(_orbax_metadata(leaves)))
+    (folder / "_METADATA").write_text(json.dumps(_orbax_metadata(leaves)))
 
 
 def open_arrays(folder: Path) -> dict[str, ts.TensorStore]:
@@ -132,24 +134,22 @@ def damage_is_a_user_error(folder: Path) -> Iterator[None]:
     """TensorStore's errors while reading, as one sentence; checksums that do not match are among them."""
     try:
         yield
-    except UserError:
-        raise
-    except (ValueError, OSError) as error:
-        raise UserError(
-            f"the model folder {folder} is damaged or cannot be read ({_first_words(error)}): copy or convert it again"
-        ) from error
+    except ValueError as error:
+        raise UserError(f"{folder} is damaged or cannot be read ({_reason(error)}): copy or convert it again") from error
 
 
 @contextlib.contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
+def _disk_errors() -> Iterator[None]:
+    """TensorStore's errors while writing, as the OSError they stem from ("… No space left on device")."""
     try:
         yield
-    except (ValueError, OSError) as error:
-        raise UserError(f"cannot write {folder} ({_first_words(error)}): nothing was written") from error
+    except ValueError as error:
+        raise OSError(_reason(error)) from error
 
 
-def _first_words(error: Exception) -> str:
-    return str(error).partition(" [tensorstore_spec=")[0]
+def _reason(error: ValueError) -> str:
+    """The innermost cause that TensorStore names: 'NOT_FOUND: Error …: Error …: cause [os_error_code='28'] […]'."""
+    return re.sub(r" \[\w+='.*", "", str(error), flags=re.DOTALL).rpartition(": ")[2]
 
 
 def _produce(name: str, leaf: LazyLeaf | np.ndarray) -> np.ndarray:

@@ -2,5 +2,71 @@
 
 import os
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# compiling is most of the suite's time, and the models are tiny: spend little on optimising them
+FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+
+import shutil  # noqa: E402
+
+import pytest  # noqa: E402
+from support import CASES, GOLDEN  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory):
+    """Golden case -> its model folder, made by the converter, with a tokenizer where the vocabulary has room for one."""
+    from conversion.__main__ import main
+
+    folders = {}
+
+    def convert(case: str):
+        if case not in folders:
+            folders[case] = tmp_path_factory.mktemp(case) / "model"
+            tokenizer = {"image_c1": "llama3_tokenizer"}.get(case, "vicuna_tokenizer")
+            arguments = ["from-hf", str(GOLDEN / case / "hf"), str(folders[case])]
+            assert main([*arguments, "--tokenizer", str(GOLDEN / "text" / tokenizer)]) == 0
+        return folders[case]
+
+    assert set(CASES) <= {p.name for p in GOLDEN.iterdir()}
+    return convert
+
+
+@pytest.fixture
+def assistant(converted):
+    """Golden case, settings of `lmm_jax.load` -> Assistant."""
+    import lmm_jax
+
+    return lambda case, **settings: lmm_jax.load(converted(case), **settings)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Named test size -> a model folder with random weights and the Vicuna test tokenizer."""
+    from lmm_jax.checkpoint import unstack, write_model
+    from lmm_jax.config import named_sizes
+    from lmm_jax.models.llava_mini import init_params
+    from lmm_jax.sharding import make_mesh
+
+    folders = {}
+
+    def make(name: str):
+        if name not in folders:
+            folder = tmp_path_factory.mktemp(name) / "model"
+            config = named_sizes()[name]
+            tokenizer = sorted((GOLDEN / "text" / "vicuna_tokenizer").iterdir())
+            write_model(folder, config, unstack(init_params(config, make_mesh(), seed=1)), files=tokenizer)
+            folders[name] = folder
+        return folders[name]
+
+    return make
+
+
+@pytest.fixture(autouse=True, scope="session")
+def home(tmp_path_factory):
+    """Nothing a test does touches the user's cache."""
+    folder = tmp_path_factory.mktemp("home")
+    os.environ["XDG_CACHE_HOME"] = str(folder)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)

@@ -196,9 +196,8 @@ def _opened(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The file and the stream of pictures in it, ready to decode."""
     import av
 
-    options = {"format_whitelist": CONTAINERS, "max_pixels": str(MAX_FRAME_PIXELS)}
     try:
-        container = av.open(f"file:{path}", options=options, metadata_errors="replace")
+        container = av.open(f"file:{path}", container_options={"format_whitelist": CONTAINERS}, metadata_errors="replace")
     except (av.FFmpegError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path} cannot be read as a video: it is none, or it is broken or cut short ({reason}).") from error
@@ -222,7 +221,7 @@ def _packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet]
     """What can be read; of a damaged file that is the beginning."""
     import av
 
-    with contextlib.suppress(av.FFmpegError):
+    with contextlib.suppress(av.FFmpegError, IndexError):  # PyAV's IndexError: a stream that began in the middle has ended
         yield from container.demux(stream)
 
 

@@ -20,14 +20,15 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from lmm_jax import checkpoint, sharding
-from lmm_jax.config import IMAGE_TOKEN_ID, ModelConfig
+from lmm_jax.config import ModelConfig
 from lmm_jax.data.conversation import Message, render, with_placeholders
 from lmm_jax.data.image import load_image, preprocess
-from lmm_jax.data.layout import Row, decoder_length
 from lmm_jax.data.tokenize import StreamDecoder, Tokenizer, stop_token_ids
 from lmm_jax.data.video import FrameStream, stream_frames
 from lmm_jax.errors import UserError
-from lmm_jax.inference.engine import Engine, Medium, Request
+from lmm_jax.inference import arrays
+from lmm_jax.inference.engine import Engine, Request
+from lmm_jax.inference.images import Medium
 from lmm_jax.inference.sampling import Sampling
 from lmm_jax.models.llava_mini import abstract_params
 
@@ -198,9 +199,9 @@ class Assistant:
         Returns:
           (B,T′,vocab) float32, T′ = T − 1 + vision tokens; zeros past a row's end.
         """
-        rows, media = self._rows(input_ids, attention_mask, pixel_values)
+        rows, media = arrays.rows(self.config, input_ids, attention_mask, pixel_values)
         got, layout = self.engine.logits(rows, media)
-        out = np.zeros((len(rows), _padded_length(input_ids, rows, self.config), got.shape[-1]), np.float32)
+        out = np.zeros((len(rows), arrays.padded_length(self.config, input_ids, rows), got.shape[-1]), np.float32)
         for b, n in enumerate(layout.lengths[: len(rows)]):
             out[b, :n] = got[b, :n]
         return out
@@ -213,7 +214,7 @@ class Assistant:
         pixel_values: np.ndarray | None = None,
     ) -> float:
         """Mean next-token cross-entropy in nats over `labels` (B,T) that are not −100; those positions are not fused."""
-        rows, media = self._rows(input_ids, attention_mask, pixel_values, labels)
+        rows, media = arrays.rows(self.config, input_ids, attention_mask, pixel_values, labels)
         total, count = self.engine.loss(rows, media)
         if not count:
             raise UserError("labels are all -100: there is nothing to predict")
@@ -228,7 +229,7 @@ class Assistant:
         **sampling: Any,
     ) -> np.ndarray:
         """New tokens (B,max_new_tokens) int32, −1 after the checkpoint's end token; arguments as for `logits`."""
-        rows, media = self._rows(input_ids, attention_mask, pixel_values)
+        rows, media = arrays.rows(self.config, input_ids, attention_mask, pixel_values)
         settings = _sampling({"max_new_tokens": max_new_tokens, **sampling})
         requests = [Request(r.ids, m, settings) for r, m in zip(rows, media)]
         out = np.full((len(rows), max_new_tokens), -1, np.int32)
@@ -237,28 +238,6 @@ class Assistant:
         return out
 
     # ---- inside ---------------------------------------------------------------------------------------------------
-
-    def _rows(
-        self,
-        input_ids: np.ndarray,
-        attention_mask: np.ndarray | None,
-        pixel_values: np.ndarray | None,
-        labels: np.ndarray | None = None,
-    ) -> tuple[list[Row], list[list[Medium]]]:
-        input_ids = np.asarray(input_ids)
-        mask = np.ones(input_ids.shape, bool) if attention_mask is None else np.asarray(attention_mask) != 0
-        _check_arrays(self.config, input_ids, mask, pixel_values, labels)
-        rows, media = [], []
-        for b, seen in enumerate(mask):
-            ids = input_ids[b][seen]
-            count, of_row = int((ids == IMAGE_TOKEN_ID).sum()), []
-            if pixel_values is not None and count:
-                pixels = np.moveaxis(np.asarray(pixel_values[b]), -3, -1)  # (P,H,W,3), or (F,P,H,W,3)
-                of_row = [list(pixels) if pixels.ndim == 5 else pixels]
-            images = tuple(len(m) if isinstance(m, list) else 1 for m in of_row)
-            rows.append(Row(ids, images, None if labels is None else np.asarray(labels)[b][seen]))
-            media.append(of_row)
-        return rows, media
 
     def _stop_ids(self, template: str | None) -> tuple[int, ...]:
         return stop_token_ids(self.tokenizer, template or self.config.template, self.config.eos_token_ids)
@@ -382,21 +361,3 @@ def _sampling(fields: dict[str, Any]) -> Sampling:
     if unknown:
         raise TypeError(f"unknown arguments: {', '.join(sorted(unknown))}")
     return Sampling(**fields)
-
-
-def _padded_length(input_ids: np.ndarray, rows: Sequence[Row], config: ModelConfig) -> int:
-    return max(np.shape(input_ids)[1] - len(r.ids) + decoder_length(r, config) for r in rows)
-
-
-def _check_arrays(
-    config: ModelConfig, ids: np.ndarray, mask: np.ndarray, pixels: np.ndarray | None, labels: np.ndarray | None
-) -> None:
-    if ids.ndim != 2 or mask.shape != ids.shape or (labels is not None and np.shape(labels) != ids.shape):
-        shapes = f"{ids.shape}, {mask.shape}" + ("" if labels is None else f", {np.shape(labels)}")
-        raise UserError(f"input_ids, attention_mask and labels must all have the shape (B, T), got {shapes}")
-    if pixels is None:
-        return
-    side = config.vision.image_size
-    picture, shape = (config.tiles, 3, side, side), np.shape(pixels)
-    if len(shape) not in (5, 6) or shape[0] != len(ids) or shape[-4:] != picture:
-        raise UserError(f"pixel_values have the shape {shape}: expected (B, *{picture}), or (B, F, *{picture}) for videos")

@@ -10,9 +10,8 @@ V vision tokens per image, D width.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,21 +24,17 @@ from lmm_jax import sharding
 from lmm_jax.config import ModelConfig
 from lmm_jax.data.layout import Layout, Row, check_row, decoder_length, fused_length, lay_out
 from lmm_jax.errors import UserError
-from lmm_jax.inference.buckets import bucket, image_bucket
-from lmm_jax.inference.prefix_cache import PrefixCache
+from lmm_jax.inference.buckets import bucket
+from lmm_jax.inference.images import Accumulator, ImageSide, Medium, count_images
 from lmm_jax.inference.sampling import Sampler, Sampling, sample
 from lmm_jax.models.llama import KV, empty_cache
-from lmm_jax.models.llava_mini import ImagePrefix, LlavaMini
+from lmm_jax.models.llava_mini import LlavaMini
 from lmm_jax.models.loss import next_token_loss
 
-CHUNK = 8  # images encoded at once
 SMALLEST_LENGTH = 16
 MAX_BATCH = 16
 MAX_POSITIONS = 32768  # rows × positions of one batch
 STREAM_STEPS = 8  # tokens between two looks at a stream, once it runs
-
-Medium = np.ndarray | Iterable[np.ndarray]
-"""An image: pixels (P,H,W,3), uint8 or normalised float32; or a video: a sized iterable of such, one per frame."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +47,7 @@ class Request:
 
     def row(self) -> Row:
         """The prompt without its pixels."""
-        return Row(self.ids, tuple(_frames(m) for m in self.media))
+        return Row(self.ids, tuple(count_images(m) for m in self.media))
 
 
 @struct.dataclass
@@ -102,16 +97,9 @@ class Engine:
           prefix_cache_bytes: device memory for image prefixes.
         """
         self.config, self.params, self.mesh = config, params, mesh
-        self.prefixes = PrefixCache(prefix_cache_bytes)
         self._model = LlavaMini(config, dtype, attention)
-        self._dtype = dtype
         self._multiple = sharding.batch_multiple(mesh)
-        self._chunk = self._multiple * max(1, CHUNK // self._multiple)
-        self._encode = jax.jit(lambda params, pixels: self._apply(params, "encode_image", pixels))
-        self._fuse = jax.jit(self._fuse_text)
-        self._accumulate = jax.jit(_accumulate, donate_argnums=0)
-        self._split = jax.jit(_split_prefix)
-        self._join = jax.jit(_join_prefixes)
+        self.images = ImageSide(self._model, self._multiple, prefix_cache_bytes)
         self._place = jax.jit(self._place_tokens)
         self._prefill = jax.jit(self._prefill_rows, static_argnames="room")
         self._decode = jax.jit(self._decode_steps, donate_argnums=1)
@@ -172,7 +160,7 @@ class Engine:
         fused = bucket(longest, SMALLEST_LENGTH) if longest else 1
         first = lay_out(rows, self.config, fused=fused, batch=batch)
         with jax.set_mesh(self.mesh):
-            state, counts = self._take_images(first, media)
+            state, counts = self.images.take(self.params, first, media)
             rows = [dataclasses.replace(r, images=tuple(c)) for r, c in zip(rows, counts)]
             length = bucket(max(decoder_length(r, self.config) for r in rows), SMALLEST_LENGTH)
             layout = lay_out(rows, self.config, length=length, fused=fused, batch=batch)
@@ -219,70 +207,10 @@ class Engine:
         with jax.set_mesh(self.mesh):
             return self._decode(self.params, state, stop, np.int32(steps))
 
-    def _take_images(self, layout: Layout, media: Sequence[Sequence[Medium]]) -> tuple[Accumulator | None, list[list[int]]]:
-        """Encodes and fuses all images, chunk by chunk -> what `place` needs, and the real number of images per medium."""
-        counts = [[0] * len(m) for m in media]
-        planned = len(layout.image_rows)
-        if not planned:
-            return None, counts
-        m = self._multiple
-        room = m * image_bucket(-(-planned // m), self._chunk // m)
-        size = min(room, self._chunk)
-        state = self._empty(layout.fused_ids.shape, room)
-        in_flight: collections.deque[jax.Array] = collections.deque()
-        for number, chunk in enumerate(_chunks(_flow(media, counts, self.prefixes.max_bytes // self._prefix_bytes()), size)):
-            rows = np.full(size, len(layout.ids), np.int32)  # past the last row: dropped
-            rows[: len(chunk)] = [item.row for item in chunk]
-            prefix = self._prefix(chunk, size)
-            text = None
-            if self.config.prefusion_layers:
-                ids = layout.fused_ids[np.minimum(rows, len(layout.ids) - 1)]
-                text = self._fuse(self.params, ids, prefix)
-            state = self._accumulate(state, text, prefix.tokens, rows, np.int32(number * size))
-            in_flight.append(prefix.tokens)
-            if len(in_flight) > 2:  # do not run ahead of the device: pixels of a whole video would pile up
-                in_flight.popleft().block_until_ready()
-        return state, counts
-
-    def _prefix_bytes(self) -> int:
-        c, d = self.config, self.config.decoder
-        keys_and_values = 2 * c.prefusion_layers * c.prefix_length * d.num_kv_heads * d.head_dim
-        return (keys_and_values + c.tokens_per_image * d.hidden_size) * jnp.dtype(self._dtype).itemsize
-
-    def _empty(self, fused_shape: tuple[int, int], room: int) -> Accumulator:
-        width, v = self.config.decoder.hidden_size, self.config.tokens_per_image
-        text = np.zeros((*fused_shape, width), np.float32) if self.config.prefusion_layers else None
-        return Accumulator(text, np.zeros((room, v, width), self._dtype))
-
-    def _prefix(self, chunk: list[_Item], size: int) -> ImagePrefix:
-        """Prefixes of a chunk's images, padded to `size`; single images come from the cache or go there."""
-        keys = [PrefixCache.key(i.pixels) if i.keep else None for i in chunk]
-        known = {k: p for k in set(keys) if k and (p := self.prefixes.get(k))}
-        first = {k: n for n, k in reversed(list(enumerate(keys)))}  # a picture that comes twice is encoded once
-        missing = [n for n, k in enumerate(keys) if k not in known and (k is None or first[k] == n)]
-        if missing:
-            pixels = np.zeros((size, *chunk[0].pixels.shape), chunk[0].pixels.dtype)
-            for slot, n in enumerate(missing):
-                pixels[slot] = chunk[n].pixels
-            encoded = self._encode(self.params, pixels)
-            if not any(keys):
-                return encoded
-            single = self._split(encoded)
-            for slot, n in enumerate(missing):
-                known[keys[n] or n] = single[slot]
-                if keys[n]:
-                    self.prefixes.put(keys[n], single[slot])
-        parts = [known[k or n] for n, k in enumerate(keys)]
-        return self._join(parts + [parts[-1]] * (size - len(parts)))
-
     # ---- the programs ---------------------------------------------------------------------------------------------
 
     def _apply(self, params: Any, method: str, *args: Any, **kwargs: Any) -> Any:
         return self._model.apply({"params": params}, *args, method=method, **kwargs)
-
-    def _fuse_text(self, params: Any, ids: jax.Array, prefix: ImagePrefix) -> jax.Array:
-        text = self._apply(params, "embed", ids)
-        return self._apply(params, "fuse_text", text, prefix).astype(jnp.float32)
 
     def _place_tokens(
         self,
@@ -302,7 +230,7 @@ class Engine:
         self, params: Any, x: jax.Array, lengths: jax.Array, limits: jax.Array, sampler: Sampler, stop: jax.Array, *, room: int
     ) -> DecodeState:
         batch, length = x.shape[:2]
-        cache = empty_cache(self.config.decoder, batch, length + room, self._dtype)
+        cache = empty_cache(self.config.decoder, batch, length + room, self._model.dtype)
         logits, cache = self._apply(params, "decode", x, cache=cache, last=lengths - 1)
         count = jnp.zeros(batch, jnp.int32)
         token = sample(logits[:, 0], sampler, count)
@@ -334,72 +262,3 @@ class Engine:
             return (carry[0] < steps) & ~carry[1].done.all()
 
         return jax.lax.while_loop(more, one, (jnp.int32(0), state))[1]
-
-
-@struct.dataclass
-class Accumulator:
-    """What is kept of images that went by: sum of fused text (B,I,D) float32, or None; vision tokens (room,V,D)."""
-
-    text: jax.Array | None
-    tokens: jax.Array
-
-
-def _accumulate(state: Accumulator, text: jax.Array | None, tokens: jax.Array, rows: jax.Array, at: jax.Array) -> Accumulator:
-    """Adds fused text (N,I,D) to its rows (N,) and writes vision tokens (N,V,D) from image number `at` on."""
-    total = state.text if text is None else state.text.at[rows].add(text, mode="drop")
-    start = (at, jnp.int32(0), jnp.int32(0))
-    return Accumulator(total, jax.lax.dynamic_update_slice(state.tokens, tokens.astype(state.tokens.dtype), start))
-
-
-def _image_axis(path: tuple) -> int:
-    return 1 if any(getattr(k, "key", None) == "stack" for k in path) else 0
-
-
-def _split_prefix(prefix: ImagePrefix) -> list[ImagePrefix]:
-    """One prefix per image, each with N = 1."""
-
-    def take(n: int) -> ImagePrefix:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, x: jax.lax.slice_in_dim(x, n, n + 1, axis=_image_axis(path)), prefix
-        )
-
-    return [take(n) for n in range(prefix.tokens.shape[0])]
-
-
-def _join_prefixes(prefixes: list[ImagePrefix]) -> ImagePrefix:
-    return jax.tree_util.tree_map_with_path(lambda path, *xs: jnp.concatenate(xs, axis=_image_axis(path)), *prefixes)
-
-
-@dataclasses.dataclass
-class _Item:
-    row: int
-    pixels: np.ndarray
-    keep: bool  # worth a place in the prefix cache
-
-
-def _frames(medium: Medium) -> int:
-    return 1 if isinstance(medium, np.ndarray) else len(medium)
-
-
-def _flow(media: Sequence[Sequence[Medium]], counts: list[list[int]], fits: int) -> Iterator[_Item]:
-    """All images and frames in order; `counts` is filled with how many each medium really had.
-
-    Media of at most `fits` images are kept: a longer video would only push everything out of the cache.
-    """
-    for row, of_row in enumerate(media):
-        for m, medium in enumerate(of_row):
-            keep = _frames(medium) <= fits
-            for pixels in [medium] if isinstance(medium, np.ndarray) else medium:
-                counts[row][m] += 1
-                yield _Item(row, pixels, keep)
-
-
-def _chunks(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
-    chunk: list[_Item] = []
-    for item in items:
-        if chunk and (len(chunk) == size or item.pixels.dtype != chunk[0].pixels.dtype):
-            yield chunk
-            chunk = []
-        chunk.append(item)
-    if chunk:
-        yield chunk

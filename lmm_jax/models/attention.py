@@ -7,27 +7,32 @@ Axis letters: B batch, T queries, S keys, N heads, K key/value heads (N is a mul
                                                              ↓  x x x x x .
                                                                 x x x x x x
 
-| implementation | where | when |
+| implementation | can do | "auto" takes it |
 |---|---|---|
-| cudnn | NVIDIA, fp16/bf16 | no explicit mask, and square where causal |
-| splash | TPU | causal and square, from 1,024 tokens; shorter ones fit XLA's own fusion |
-| blocks | anywhere | otherwise, where there is no explicit mask and scores are many: blocks of queries, memory linear in S |
-| plain | anywhere | otherwise |
+| cudnn | bfloat16 and float16, H ≤ 128 in steps of 8, T > 1, no mask, square where causal | on NVIDIA from Ampere on |
+| splash | causal, no mask | on TPU, where scores are many; XLA fuses the few as well |
+| blocks | anything, in memory linear in S | elsewhere, where scores are many |
+| plain | anything | elsewhere |
+
+Whoever names an implementation gets it in every call that it can do, and blocks or plain in the others.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
 from lmm_jax import sharding
+from lmm_jax.errors import UserError
 
 IMPLEMENTATIONS = ("auto", "plain", "blocks", "cudnn", "splash", "splash_interpret")
-LONG = 1024  # T·S from the square of this on, scores are no longer held at once
+MANY = 1024**2  # scores (T·S) per head from which on they are not all held at once
 BLOCK = 256  # queries per block
+SPLASH_BLOCK, LANES = 512, 128  # splash's blocks of queries and keys: at most, and in multiples of
 
 
 def attend(
@@ -45,38 +50,53 @@ def attend(
       q: (B,T,N,H). k, v: (B,S,K,H), same dtype.
       causal: as drawn above; the last query is aligned with the last key.
       mask: (B,T,S) bool, True where a query sees a key; excludes `causal`.
-      implementation: one of IMPLEMENTATIONS; "auto" chooses by platform, shape and dtype.
+      implementation: one of IMPLEMENTATIONS, see the table above.
 
     Returns:
       (B,T,N,H), dtype of q.
+
+    Raises:
+      UserError: unknown implementation.
     """
-    if implementation == "auto":
-        implementation = _choose(q, k, causal, mask)
-    if implementation == "cudnn":
-        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
-    if implementation.startswith("splash"):
-        return _splash(q, k, v, interpret=implementation.endswith("interpret"))
-    if implementation == "blocks":
-        return _blocks(q, k, v, causal)
+    if implementation not in IMPLEMENTATIONS:
+        raise UserError(f"there is no attention {implementation!r}: choose one of {', '.join(IMPLEMENTATIONS)}")
+    chosen = _choose(implementation, q, k, causal, mask)
+    if chosen == "cudnn":
+        return _on_shards(functools.partial(_cudnn, causal=causal), q, k, v)
+    if chosen.startswith("splash"):
+        return _on_shards(functools.partial(_splash, interpret=chosen.endswith("interpret")), q, k, v)
+    if chosen == "blocks":
+        return _blocks(q, k, v, causal, mask)
     if causal:
         mask = _causal_mask(q.shape[1], k.shape[1], k.shape[1] - q.shape[1])
     return _plain(q, k, v, mask)
 
 
-def _choose(q: jax.Array, k: jax.Array, causal: bool, mask: jax.Array | None) -> str:
-    platform = jax.default_backend()
-    square = q.shape[1] == k.shape[1]
-    long = q.shape[1] * k.shape[1] >= LONG**2
-    if platform == "gpu" and mask is None and (square or not causal) and q.shape[1] > 1 and _fits_cudnn(q):
-        return "cudnn"
-    if platform == "tpu" and causal and square and long and q.shape[-1] % 128 == 0:
-        return "splash"
-    return "blocks" if long and mask is None else "plain"
+def _choose(wanted: str, q: jax.Array, k: jax.Array, causal: bool, mask: jax.Array | None) -> str:
+    """The implementation that runs."""
+    many = q.shape[1] * k.shape[1] >= MANY
+    portable = "blocks" if many else "plain"
+    if wanted == "auto":
+        platform = jax.default_backend()
+        if platform == "gpu" and _is_ampere_or_later():
+            wanted = "cudnn"
+        elif platform == "tpu" and many:
+            wanted = "splash"
+        else:
+            return portable
+    if wanted == "cudnn":
+        half = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+        # cuDNN aligns the first query with the first key
+        able = half and mask is None and q.shape[1] > 1 and (not causal or q.shape[1] == k.shape[1])
+    else:
+        able = causal and mask is None or not wanted.startswith("splash")
+    return wanted if able else portable
 
 
-def _fits_cudnn(q: jax.Array) -> bool:
-    """cuDNN takes half precision and heads of up to 128 channels in multiples of 8."""
-    return q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+def _is_ampere_or_later() -> bool:
+    """Whether the GPU is one that cuDNN's attention needs; AMD's name themselves gfx…, not 8.0."""
+    major = jax.local_devices()[0].compute_capability.split(".")[0]
+    return major.isdecimal() and int(major) >= 8
 
 
 def _causal_mask(queries: int, keys: int, first: int | jax.Array) -> jax.Array:
@@ -89,44 +109,63 @@ def _plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> 
     return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
 
 
-def _blocks(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> jax.Array:
+def _blocks(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, mask: jax.Array | None) -> jax.Array:
     """A scan over blocks of queries, each against all keys; its backward pass computes the scores again."""
     length, keys = q.shape[1], k.shape[1]
-    q = jnp.pad(q, ((0, 0), (0, -length % BLOCK), (0, 0), (0, 0)))
-    blocks = rearrange(q, "b (i t) n h -> i b t n h", t=BLOCK)
+    size = min(BLOCK, length)
+
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, -length % size)) + ((0, 0),) * (x.ndim - 2))
+        return rearrange(x, "b (i t) ... -> i b t ...", t=size)
 
     @jax.checkpoint
-    def one(xs: tuple[jax.Array, jax.Array]) -> jax.Array:
-        i, block = xs
-        return _plain(block, k, v, _causal_mask(BLOCK, keys, i * BLOCK + keys - length) if causal else None)
+    def one(xs: tuple[jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
+        i, block, seen = xs
+        if causal:
+            seen = _causal_mask(size, keys, i * size + keys - length)
+        return _plain(block, k, v, seen)
 
-    out = jax.lax.map(one, (jnp.arange(len(blocks)), blocks))
+    blocks = split(q)
+    out = jax.lax.map(one, (jnp.arange(len(blocks)), blocks, None if mask is None else split(mask)))
     return rearrange(out, "i b t n h -> b (i t) n h")[:, :length]
 
 
-def _splash(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool) -> jax.Array:
-    """The TPU's block-sparse kernel, causal and square. Opaque to the partitioner, hence the shard_map."""
+def _on_shards(kernel: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Runs a kernel, which the partitioner cannot see into, on every device's own rows and heads."""
     mesh = jax.sharding.get_abstract_mesh()
-    kernel = functools.partial(_splash_local, interpret=interpret)
-    if not mesh.empty and mesh.size > 1:
-        heads = sharding.logical_spec(mesh, k.shape, "batch", None, "kv_heads", None)
-        kernel = jax.shard_map(kernel, in_specs=(heads,) * 3, out_specs=heads, check_vma=False)
-    return kernel(q, k, v)
+    if mesh.empty or mesh.size == 1:
+        return kernel(q, k, v)
+    spec = sharding.logical_spec(mesh, q.shape, "batch", None, "heads", None)
+    if spec != sharding.logical_spec(mesh, k.shape, "batch", None, "kv_heads", None):
+        # more devices than key heads: each query head takes its own copy along
+        k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    return jax.shard_map(kernel, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
 
 
-def _splash_local(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool) -> jax.Array:
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> jax.Array:
+    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+
+
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool) -> jax.Array:
+    """The TPU's causal kernel, which leaves out blocks that no query sees."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    length, groups = q.shape[1], q.shape[2] // k.shape[2]
-    pad = -length % 128  # padded keys come after every real query, so causality alone hides them
-    q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q * q.shape[-1] ** -0.5, k, v))
-    size = next(b for b in (512, 384, 256, 128) if (length + pad) % b == 0)
-    names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
-    sizes = kernels.BlockSizes(**dict.fromkeys((*names, "block_q_dq", "block_kv_dq"), size))
-    mask = masks.MultiHeadMask([masks.CausalMask((length + pad, length + pad))] * groups)
-    run = kernels.make_splash_mqa_single_device(mask, block_sizes=sizes, interpret=interpret)
-    q = rearrange(q, "b t (k g) h -> b k g t h", g=groups)
-    k, v = (rearrange(x, "b s k h -> b k s h") for x in (k, v))
-    out = jax.vmap(jax.vmap(run))(q, k, v)
-    return rearrange(out, "b k g t h -> b t (k g) h")[:, :length]
+    length, keys = q.shape[1], k.shape[1]
+    block_q, block_kv = (min(SPLASH_BLOCK, n + -n % LANES) for n in (length, keys))
+
+    def pad(x: jax.Array, block: int) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, 0)))
+        return rearrange(x, "b t n h -> b n t h")
+
+    # padded keys come after every real query, so causality alone hides them
+    q, k, v = pad(q * q.shape[-1] ** -0.5, block_q), pad(k, block_kv), pad(v, block_kv)
+    mask = masks.CausalMask((q.shape[2], k.shape[2]), offset=keys - length)
+    sizes = kernels.BlockSizes(
+        **dict.fromkeys(("block_q", "block_q_dkv", "block_q_dq"), block_q),
+        **dict.fromkeys(("block_kv", "block_kv_compute", "block_kv_dkv", "block_kv_dkv_compute", "block_kv_dq"), block_kv),
+    )
+    run = kernels.make_splash_mha_single_device(
+        masks.MultiHeadMask([mask] * q.shape[1]), block_sizes=sizes, interpret=interpret
+    )
+    return rearrange(jax.vmap(run)(q, k, v), "b n t h -> b t n h")[:, :length]

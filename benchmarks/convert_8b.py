@@ -1,0 +1,115 @@
+"""Time and memory of converting a full-size LLaVA-Mini (LLaMA-3.1-8B), there and back.
+
+    python benchmarks/convert_8b.py --folder /a/disk/with/40/GB
+
+makes a checkpoint with every name and shape of the published one (random bf16 values, shards of 5 GB), converts it to a
+model folder and back, each in a process of its own, writes the figures to benchmarks/convert_8b.json, and removes
+what it made. Needs Linux: peak memory is VmHWM, which counts mapped files too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from conversion.hf_config import model_to_hf
+from conversion.names import table
+from conversion.writers import Output, plan_shards, write_safetensors
+from lmm_jax.config import named_sizes
+
+SIZE = "llava-mini-llama-3.1-8b"
+SHARD_BYTES = 5 * 10**9
+RESULT = Path(__file__).with_suffix(".json")
+_RUN = """
+import sys
+from conversion.__main__ import main
+status = main(sys.argv[1:])
+print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")), file=sys.stderr)
+sys.exit(status)
+"""
+
+
+def generate(folder: Path) -> int:
+    """Writes the checkpoint and returns its bytes; holds one tensor at a time."""
+    config = named_sizes()[SIZE]
+    block = np.random.default_rng(0).standard_normal(2**24, np.float32).astype(ml_dtypes.bfloat16).view(np.uint16)
+
+    def output(index: int, name: str, shape: tuple[int, ...]) -> Output:
+        def read() -> np.ndarray:  # the same random values over and over, starting elsewhere in each tensor
+            return np.resize(np.roll(block, 1000 * index), shape).view(ml_dtypes.bfloat16)
+
+        return Output(name, shape, np.dtype(ml_dtypes.bfloat16), read)
+
+    outputs = [output(i, entry.tensor, entry.shape) for i, entry in enumerate(table(config))]
+    shards = plan_shards(outputs, SHARD_BYTES)
+    written: list[int] = []
+    weight_map = {}
+    for i, shard in enumerate(shards, start=1):
+        name = f"model-{i:05}-of-{len(shards):05}.safetensors"
+        write_safetensors(folder / name, shard, written.append)
+        weight_map |= {tensor.name: name for tensor in shard}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps(model_to_hf(config, "bfloat16", config.vision.name)))
+    return sum(written)
+
+
+def measure(command: str, src: Path, dst: Path) -> dict[str, float]:
+    """Runs one conversion in a new process: its wall time in seconds and peak memory in GB (10^9 bytes)."""
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", _RUN, command, str(src), str(dst)], stderr=subprocess.PIPE, text=True)
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        sys.exit(done.stderr)
+    peak = int(re.search(r"VmHWM:\s*(\d+) kB", done.stderr)[1]) * 1024
+    return {"seconds": round(seconds, 1), "peak_memory_gb": round(peak / 1e9, 2)}
+
+
+def machine() -> dict[str, object]:
+    """What the figures were taken on."""
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return {
+        "cpu": model[1] if model else platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("numpy", "safetensors", "tensorstore")},
+    }
+
+
+def main() -> None:
+    """Generates, converts there and back, records."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", required=True, type=Path, help="where to put 37 GB for a while")
+    folder = Path(tempfile.mkdtemp(prefix="convert_8b-", dir=parser.parse_args().folder))
+    try:
+        source = folder / "hf"
+        source.mkdir()
+        size = generate(source)
+        there = measure("from-hf", source, folder / "model")
+        shutil.rmtree(source)
+        back = measure("to-hf", folder / "model", folder / "back")
+    finally:
+        shutil.rmtree(folder)
+    result = {"model": SIZE, "gigabytes": round(size / 1e9, 2), "from_hf": there, "to_hf": back, "machine": machine()}
+    result["date"] = datetime.date.today().isoformat()
+    text = json.dumps(result, indent=2)
+    RESULT.write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

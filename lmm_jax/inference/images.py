@@ -1,0 +1,182 @@
+"""The image side of inference: pictures and frames in, fused text and vision tokens out, chunk by chunk.
+
+Memory does not grow with the length of a video: of each chunk only the sum of fused text and the vision tokens stay.
+Axis letters: N images of a chunk, B rows, P tiles, H,W pixels, I instruction tokens, V vision tokens per image, D width.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from lmm_jax.data.layout import Layout
+from lmm_jax.inference.buckets import image_bucket
+from lmm_jax.inference.prefix_cache import PrefixCache
+from lmm_jax.models.llava_mini import ImagePrefix, LlavaMini
+
+CHUNK = 8  # images encoded at once
+
+Medium = np.ndarray | Iterable[np.ndarray]
+"""An image: pixels (P,H,W,3); or a video: a sized iterable of such, one per frame. All of a batch are uint8, or all normalised
+float32."""
+
+
+def count_images(medium: Medium) -> int:
+    """1, or the number of frames a video promises."""
+    return 1 if isinstance(medium, np.ndarray) else len(medium)
+
+
+@struct.dataclass
+class Accumulator:
+    """What is kept of images that went by: sum of fused text (B,I,D) float32, or None; vision tokens (room,V,D)."""
+
+    text: jax.Array | None
+    tokens: jax.Array
+
+
+class ImageSide:
+    """Encodes and fuses the images of a batch."""
+
+    def __init__(self, model: LlavaMini, multiple: int, cache_bytes: int) -> None:
+        """Compiles nothing yet.
+
+        Args:
+          model: gives config and dtype.
+          multiple: images come in multiples of this, so that every device gets as many.
+          cache_bytes: device memory for prefixes of pictures that may be asked about again.
+        """
+        self._model, self._config, self._multiple = model, model.config, multiple
+        self._chunk = multiple * max(1, CHUNK // multiple)
+        self.prefixes = PrefixCache(cache_bytes)
+        self._encode = jax.jit(lambda params, pixels: model.apply({"params": params}, pixels, method="encode_image"))
+        self._fuse = jax.jit(self._fuse_text)
+        self._accumulate = jax.jit(_accumulate, donate_argnums=0)
+        self._split = jax.jit(_split_prefix)
+        self._join = jax.jit(_join_prefixes)
+
+    def take(
+        self, params: Any, layout: Layout, media: Sequence[Sequence[Medium]]
+    ) -> tuple[Accumulator | None, list[list[int]]]:
+        """Encodes and fuses all images, chunk by chunk -> what `place` needs, and the real number of images per medium."""
+        counts = [[0] * len(m) for m in media]
+        planned = len(layout.image_rows)
+        if not planned:
+            return None, counts
+        m = self._multiple
+        room = m * image_bucket(-(-planned // m), self._chunk // m)
+        size = min(room, self._chunk)
+        state = self._empty(layout.fused_ids.shape, room)
+        in_flight: collections.deque[jax.Array] = collections.deque()
+        fits = self.prefixes.max_bytes // self._prefix_bytes()
+        for number, chunk in enumerate(_chunks(_flow(media, counts, fits), size)):
+            rows = np.full(size, len(layout.ids), np.int32)  # past the last row: dropped
+            rows[: len(chunk)] = [item.row for item in chunk]
+            prefix = self._prefix(params, chunk, size)
+            text = None
+            if self._config.prefusion_layers:
+                ids = layout.fused_ids[np.minimum(rows, len(layout.ids) - 1)]
+                text = self._fuse(params, ids, prefix)
+            state = self._accumulate(state, text, prefix.tokens, rows, np.int32(number * size))
+            in_flight.append(prefix.tokens)
+            if len(in_flight) > 2:  # do not run ahead of the device: pixels of a whole video would pile up
+                in_flight.popleft().block_until_ready()
+        return state, counts
+
+    def _prefix_bytes(self) -> int:
+        c, d = self._config, self._config.decoder
+        keys_and_values = 2 * c.prefusion_layers * c.prefix_length * d.num_kv_heads * d.head_dim
+        return (keys_and_values + c.tokens_per_image * d.hidden_size) * jnp.dtype(self._model.dtype).itemsize
+
+    def _empty(self, fused_shape: tuple[int, int], room: int) -> Accumulator:
+        width, v = self._config.decoder.hidden_size, self._config.tokens_per_image
+        text = np.zeros((*fused_shape, width), np.float32) if self._config.prefusion_layers else None
+        return Accumulator(text, np.zeros((room, v, width), self._model.dtype))
+
+    def _prefix(self, params: Any, chunk: list[_Item], size: int) -> ImagePrefix:
+        """Prefixes of a chunk's images, padded to `size`; single images come from the cache or go there."""
+        keys = [PrefixCache.key(i.pixels) if i.keep else None for i in chunk]
+        known = {k: p for k in set(keys) if k and (p := self.prefixes.get(k))}
+        first = {k: n for n, k in reversed(list(enumerate(keys)))}  # a picture that comes twice is encoded once
+        missing = [n for n, k in enumerate(keys) if k not in known and (k is None or first[k] == n)]
+        if missing:
+            pixels = np.zeros((size, *chunk[0].pixels.shape), chunk[0].pixels.dtype)
+            for slot, n in enumerate(missing):
+                pixels[slot] = chunk[n].pixels
+            encoded = self._encode(params, pixels)
+            if not any(keys):
+                return encoded
+            single = self._split(encoded) if size > 1 else [encoded]
+            for slot, n in enumerate(missing):
+                known[keys[n] or n] = single[slot]
+                if keys[n]:
+                    self.prefixes.put(keys[n], single[slot])
+        parts = [known[k or n] for n, k in enumerate(keys)]
+        return parts[0] if size == 1 else self._join(parts + [parts[-1]] * (size - len(parts)))
+
+    def _fuse_text(self, params: Any, ids: jax.Array, prefix: ImagePrefix) -> jax.Array:
+        text = self._model.apply({"params": params}, ids, method="embed")
+        return self._model.apply({"params": params}, text, prefix, method="fuse_text").astype(jnp.float32)
+
+
+def _accumulate(state: Accumulator, text: jax.Array | None, tokens: jax.Array, rows: jax.Array, at: jax.Array) -> Accumulator:
+    """Adds fused text (N,I,D) to its rows (N,) and writes vision tokens (N,V,D) from image number `at` on."""
+    total = state.text if text is None else state.text.at[rows].add(text, mode="drop")
+    start = (at, jnp.int32(0), jnp.int32(0))
+    return Accumulator(total, jax.lax.dynamic_update_slice(state.tokens, tokens.astype(state.tokens.dtype), start))
+
+
+def _image_axis(path: tuple) -> int:
+    return 1 if any(getattr(k, "key", None) == "stack" for k in path) else 0
+
+
+def _split_prefix(prefix: ImagePrefix) -> list[ImagePrefix]:
+    """One prefix per image, each with N = 1."""
+
+    def take(n: int) -> ImagePrefix:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: jax.lax.slice_in_dim(x, n, n + 1, axis=_image_axis(path)), prefix
+        )
+
+    return [take(n) for n in range(prefix.tokens.shape[0])]
+
+
+def _join_prefixes(prefixes: list[ImagePrefix]) -> ImagePrefix:
+    return jax.tree_util.tree_map_with_path(lambda path, *xs: jnp.concatenate(xs, axis=_image_axis(path)), *prefixes)
+
+
+@dataclasses.dataclass
+class _Item:
+    row: int
+    pixels: np.ndarray
+    keep: bool  # worth a place in the prefix cache
+
+
+def _flow(media: Sequence[Sequence[Medium]], counts: list[list[int]], fits: int) -> Iterator[_Item]:
+    """All images and frames in order; `counts` is filled with how many each medium really had.
+
+    Media of at most `fits` images are kept: a longer video would only push everything out of the cache.
+    """
+    for row, of_row in enumerate(media):
+        for m, medium in enumerate(of_row):
+            keep = count_images(medium) <= fits
+            for pixels in [medium] if isinstance(medium, np.ndarray) else medium:
+                counts[row][m] += 1
+                yield _Item(row, pixels, keep)
+
+
+def _chunks(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
+    chunk: list[_Item] = []
+    for item in items:
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+        chunk.append(item)
+    if chunk:
+        yield chunk

@@ -1,0 +1,48 @@
+"""What several tests share: golden arrays, converted checkpoints, small models."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = ("image_c1", "hd_c2", "llava_v1_5")
+INFERENCE = [
+    ("image_c1", "inference"),
+    ("image_c1", "inference_token_zero"),
+    ("image_c1", "text_only"),
+    ("image_c1", "video_4_frames"),
+    ("hd_c2", "inference"),
+    ("llava_v1_5", "inference"),
+]
+TRAINING = [
+    ("image_c1", "training"),
+    ("image_c1", "training_padded"),
+    ("image_c1", "training_video_4_frames"),
+    ("hd_c2", "training"),
+    ("llava_v1_5", "training_stage1"),
+]
+MESHES = ("data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2")
+
+
+@functools.cache
+def golden(case: str, scenario: str) -> dict[str, np.ndarray]:
+    """Arrays of one scenario."""
+    return load_file(GOLDEN / case / f"{scenario}.safetensors")
+
+
+def gradient_norms(case: str, scenario: str) -> dict[str, float | None] | None:
+    """Gradient norm by parameter name, None where the parameter receives none; None where the scenario has no such file."""
+    file = GOLDEN / case / f"{scenario}.gradnorm.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def relative_error(got, expected) -> float:
+    """Norm of the difference over the norm."""
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    assert got.shape == expected.shape
+    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
