@@ -6,9 +6,9 @@ import os
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-
-import shutil  # noqa: E402
+# tests share what they compile, also with the next run
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(os.path.dirname(__file__), "..", ".pytest_cache", "xla")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
 
 import pytest  # noqa: E402
 from support import CASES, GOLDEN  # noqa: E402
@@ -61,12 +61,3 @@ def tiny(tmp_path_factory):
         return folders[name]
 
     return make
-
-
-@pytest.fixture(autouse=True, scope="session")
-def home(tmp_path_factory):
-    """Nothing a test does touches the user's cache."""
-    folder = tmp_path_factory.mktemp("home")
-    os.environ["XDG_CACHE_HOME"] = str(folder)
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)

@@ -57,9 +57,12 @@ def attend(
 
     Raises:
       UserError: unknown implementation.
+      ValueError: causal and a mask.
     """
     if implementation not in IMPLEMENTATIONS:
         raise UserError(f"there is no attention {implementation!r}: choose one of {', '.join(IMPLEMENTATIONS)}")
+    if causal and mask is not None:
+        raise ValueError("attend takes causal or a mask, not both")
     chosen = _choose(implementation, q, k, causal, mask)
     if chosen == "cudnn":
         return _on_shards(functools.partial(_cudnn, causal=causal), q, k, v)
@@ -143,7 +146,13 @@ def _on_shards(kernel: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: 
 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> jax.Array:
-    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+    """cuDNN's kernel. JAX refuses to differentiate it at odd lengths, so these get one more position."""
+    length, keys = q.shape[1], k.shape[1]
+    q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+    # a padded key comes after every real query: causality alone hides it
+    visible = None if causal or keys % 2 == 0 else jnp.full(len(k), keys, jnp.int32)
+    out = jax.nn.dot_product_attention(q, k, v, is_causal=causal, key_value_seq_lengths=visible, implementation="cudnn")
+    return out[:, :length]
 
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool) -> jax.Array:

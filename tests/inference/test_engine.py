@@ -1,0 +1,223 @@
+"""Batches, streams, sampling, images and videos through the engine."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import relative_error
+
+import lmm_jax
+from lmm_jax.data.layout import Row
+from lmm_jax.errors import UserError
+from lmm_jax.inference.buckets import bucket, image_bucket
+from lmm_jax.inference.engine import Request
+from lmm_jax.inference.images import CHUNK
+from lmm_jax.inference.sampling import Sampler, Sampling, sample
+from lmm_jax.models.llava_mini import LlavaMini
+
+STOP = (2,)
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    return functools.cache(lambda name="tiny", **settings: lmm_jax.load(tiny(name), **settings))
+
+
+def picture(seed, config):
+    side = config.vision.image_size
+    return np.random.default_rng(seed).integers(0, 256, (config.tiles, side, side, 3), dtype=np.uint8)
+
+
+def prompt(seed, length, placeholders, vocab=512):
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(3, vocab, length)
+    ids[rng.choice(length, placeholders, replace=False)] = -200
+    return ids
+
+
+def mixed_requests(config, count, seed=0):
+    """Text only, one image, several images, a video; lengths and settings of all kinds."""
+    rng, requests = np.random.default_rng(seed), []
+    for i in range(count):
+        kind = i % 4
+        media = [picture(100 * i + j, config) for j in range((0, 1, 3, 0)[kind])]
+        if kind == 3:
+            media = [[picture(100 * i + j, config) for j in range(int(rng.integers(1, 12)))]]
+        sampling = Sampling(int(rng.integers(1, 12)), float(i % 3), seed=i)
+        requests.append(Request(prompt(i, int(rng.integers(5, 70)), len(media)), media, sampling))
+    return requests
+
+
+@pytest.mark.parametrize("size", ["tiny", "tiny-hd", "tiny-llava-v1.5"])
+def test_batch_equals_asking_alone_and_streaming(model, size):
+    engine = model(size).engine
+    requests = mixed_requests(engine.config, 9)
+    together = engine.generate(requests, STOP)
+    assert together == [engine.generate([r], STOP)[0] for r in requests]
+    assert together == [list(engine.stream(r, STOP)) for r in requests]
+    assert all(0 < len(t) <= r.sampling.max_new_tokens for t, r in zip(together, requests))
+
+
+def expected_logits(model, row, images):
+    """By the definition: every image with the same text, mean of the fused texts, each placeholder its own tokens."""
+    config = model.config
+    jitted = jax.jit(LlavaMini(config).apply, static_argnames="method")
+    apply = functools.partial(jitted, {"params": model.engine.params})
+    text = apply(jnp.asarray(row.ids[row.ids > 0])[None], method="embed")
+    prefixes = [apply(p[None], method="encode_image") for p in images]
+    fused = iter(jnp.mean(jnp.stack([apply(text, p, method="fuse_text")[0] for p in prefixes]), axis=0))
+    tokens, parts = iter(prefixes), []
+    for token, count in zip(row.ids, expand(row)):
+        parts += [next(tokens).tokens[0] for _ in range(count)] if token == -200 else [next(fused)[None]]
+    return apply(jnp.concatenate(parts)[None], method="decode")[0][0]
+
+
+def expand(row):
+    images = iter(row.images)
+    return [next(images) if token == -200 else 0 for token in row.ids]
+
+
+@pytest.mark.parametrize("size", ["tiny", "tiny-hd"])
+@pytest.mark.parametrize("images", [(1, 1), (2 * CHUNK + 3,), (1, 5, 1)])
+def test_images_and_frames_follow_the_definition(model, size, images):
+    loaded = model(size)
+    pictures = [picture(i, loaded.config) for i in range(sum(images))]
+    row = Row(prompt(5, 11, len(images)), images)
+    media, rest = [], iter(pictures)
+    for count in images:
+        media.append(next(rest) if count == 1 else [next(rest) for _ in range(count)])
+    got, layout = loaded.engine.logits([row], [media])
+    expected = expected_logits(loaded, row, pictures)
+    assert relative_error(got[0, : layout.lengths[0]], expected) <= 1e-5
+
+
+def test_video_that_ends_early_takes_the_room_of_its_real_frames(model):
+    class Short(list):
+        def __len__(self):
+            return super().__len__() + 7
+
+    engine = model().engine
+    frames = [picture(i, engine.config) for i in range(4)]
+    ids, sampling = prompt(0, 9, 1), Sampling(5)
+    short = engine.generate([Request(ids, [Short(frames)], sampling)], STOP)
+    assert short == engine.generate([Request(ids, [frames], sampling)], STOP)
+
+
+def test_second_question_on_a_picture_is_not_encoded_again(tiny, monkeypatch):
+    engine = lmm_jax.load(tiny("tiny")).engine
+    calls = []
+    encode = engine.images._encode
+    monkeypatch.setattr(engine.images, "_encode", lambda *args: calls.append(1) or encode(*args))
+    image, sampling = picture(0, engine.config), Sampling(4)
+    first = engine.generate([Request(prompt(0, 9, 1), [image], sampling)], STOP)
+    second = engine.generate([Request(prompt(1, 9, 1), [image], sampling)], STOP)
+    assert len(calls) == 1
+    both = engine.generate([Request(prompt(i, 9, 1), [image.copy()], sampling) for i in range(2)], STOP)
+    assert both == first + second and len(calls) == 1
+    uncached = lmm_jax.load(tiny("tiny"), prefix_cache_bytes=0).engine
+    assert both == uncached.generate([Request(prompt(i, 9, 1), [image], sampling) for i in range(2)], STOP)
+
+
+def test_prefix_cache_is_bounded(tiny):
+    engine = lmm_jax.load(tiny("tiny")).engine
+    one = engine.images._prefix_bytes()
+    engine = lmm_jax.load(tiny("tiny"), prefix_cache_bytes=3 * one).engine
+    cache, pictures = engine.images.prefixes, [picture(i, engine.config) for i in range(4)]
+    for image in (*pictures, pictures[0]):
+        engine.generate([Request(prompt(0, 9, 1), [image], Sampling(1))], STOP)
+    assert cache.bytes == 3 * one
+    kept = [cache.get(cache.key(p)) is not None for p in pictures]
+    assert kept == [True, False, True, True]  # number 1 is the least recently used
+    engine.generate([Request(prompt(0, 9, 1), [pictures * 2], Sampling(1))], STOP)  # a video that is too long passes by
+    assert [cache.get(cache.key(p)) is not None for p in pictures] == kept
+
+
+def test_prompt_longer_than_the_context(model):
+    engine = model().engine
+    context = engine.config.decoder.max_position_embeddings
+    with pytest.raises(UserError, match=f"{context + 10} positions.*context is {context}"):
+        engine.generate([Request(prompt(0, context + 10, 0))], STOP)
+    tokens = engine.generate([Request(prompt(0, context - 3, 0), sampling=Sampling(50))], ())[0]
+    assert len(tokens) == 3  # the answer ends where the context does
+
+
+@pytest.mark.parametrize("ids,media", [([5, -200], 0), ([5], 1), ([-200, -200], 1), ([5, 512], 0), ([5, -3], 0), ([], 0)])
+def test_prompts_that_cannot_be(model, ids, media):
+    engine = model().engine
+    with pytest.raises(UserError):
+        engine.generate([Request(np.array(ids, int), [picture(0, engine.config)] * media)], STOP)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"seed": -1}]
+)
+def test_settings_out_of_range(fields):
+    with pytest.raises(UserError, match=next(iter(fields))):
+        Sampling(**fields)
+
+
+def test_sampling_follows_the_distribution():
+    logits = jnp.log(jnp.array([0.5, 0.25, 0.15, 0.1]))
+    count = 4000
+
+    def frequencies(**settings):
+        sampler = Sampler.of([Sampling(temperature=1.0, seed=7) if not settings else Sampling(seed=7, **settings)] * count)
+        drawn = sample(jnp.tile(logits, (count, 1)), sampler, jnp.arange(count))
+        return np.bincount(np.asarray(drawn), minlength=4) / count
+
+    np.testing.assert_allclose(frequencies(), [0.5, 0.25, 0.15, 0.1], atol=0.03)
+    np.testing.assert_allclose(frequencies(temperature=0.5), np.array([0.25, 0.0625, 0.0225, 0.01]) / 0.345, atol=0.03)
+    np.testing.assert_allclose(frequencies(temperature=1.0, top_k=2), [2 / 3, 1 / 3, 0, 0], atol=0.03)
+    np.testing.assert_allclose(frequencies(temperature=1.0, top_p=0.7), [2 / 3, 1 / 3, 0, 0], atol=0.03)
+    np.testing.assert_array_equal(frequencies(temperature=1.0, top_p=0.3), [1, 0, 0, 0])
+    np.testing.assert_array_equal(frequencies(temperature=0.0), [1, 0, 0, 0])
+
+
+def test_the_seed_decides(model):
+    engine = model().engine
+
+    def tokens(seed):
+        return engine.generate([Request(prompt(0, 9, 0), sampling=Sampling(16, 1.0, seed=seed))], ())[0]
+
+    assert tokens(1) == tokens(1) != tokens(2)
+
+
+def test_buckets_are_few_and_large_enough():
+    sizes = {bucket(n) for n in range(1, 10000)}
+    assert len(sizes) <= 28
+    assert all(n <= bucket(n) <= max(1.5 * n, n + 1) for n in range(1, 10000))
+    assert all(
+        n <= image_bucket(n, 8) and (image_bucket(n, 8) % 8 == 0 or image_bucket(n, 8) in (1, 2, 4)) for n in range(1, 999)
+    )
+
+
+def test_compilations_are_bounded(tiny):
+    """200 requests of random lengths, images and settings, alone and in batches."""
+    engine = lmm_jax.load(tiny("tiny")).engine
+    rng, compiled = np.random.default_rng(0), []
+
+    def on_event(name, duration, **_):
+        if name == "/jax/core/compile/backend_compile_duration":
+            compiled.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(on_event)
+    try:
+        requests = []
+        for i in range(200):
+            media = [picture(j, engine.config) for j in range(int(rng.integers(0, 4)))]
+            ids = prompt(i, int(rng.integers(5, 400)), len(media))
+            requests.append(Request(ids, media, Sampling(int(rng.integers(1, 17)), float(i % 2), seed=i)))
+        engine.generate(requests[:100], STOP)
+        in_batches = len(compiled)
+        for request in requests[100:]:
+            list(engine.stream(request, STOP))
+        alone = len(compiled) - in_batches
+        engine.generate(requests[:100], STOP)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(on_event)
+    # lengths 5-400 fall into 10 buckets; per bucket: fuse, accumulate, place, prefill, decode, each for few image counts
+    assert in_batches <= 70, in_batches
+    assert alone <= 110, alone
+    assert len(compiled) == in_batches + alone  # nothing is compiled twice
