@@ -1,20 +1,24 @@
-"""Sizes that shapes are rounded up to, so that the number of compiled programs is bounded."""
+"""Sizes that shapes are rounded up to, so that few programs are compiled whatever is asked."""
 
 from __future__ import annotations
 
 
-def bucket(n: int, smallest: int = 1) -> int:
-    """The first of 1, 2, 3, 4, 6, 8, 12, 16, 24, … that is at least `n` and `smallest`: at most half is padding."""
-    size = 1
-    while True:
-        for candidate in (size, size * 3 // 2):
-            if candidate >= max(n, smallest):
-                return candidate
-        size *= 2
+def power_of_two(n: int) -> int:
+    """The first of 1, 2, 4, 8, … that is at least `n`."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def half_steps(n: int) -> int:
+    """The first of 1, 2, 3, 4, 6, 8, 12, 16, 24, … that is at least `n`."""
+    size = power_of_two(n)
+    return size * 3 // 4 if size * 3 // 4 >= n and size > 2 else size
+
+
+def length_bucket(n: int) -> int:
+    """Room for `n` tokens: 32, 64, 128, 256, 384, 512, 768, …; where a program is short, compiling costs more than padding."""
+    return max(32, power_of_two(n) if n <= 256 else half_steps(n))
 
 
 def image_bucket(n: int, chunk: int) -> int:
     """Room for `n` images: a power of two up to `chunk`, then a multiple of `chunk`."""
-    if n <= chunk:
-        return 1 << max(n - 1, 0).bit_length()
-    return bucket(-(-n // chunk)) * chunk
+    return power_of_two(n) if n <= chunk else half_steps(-(-n // chunk)) * chunk

@@ -24,14 +24,13 @@ from lmm_jax import sharding
 from lmm_jax.config import ModelConfig
 from lmm_jax.data.layout import Layout, Row, check_row, decoder_length, fused_length, lay_out
 from lmm_jax.errors import UserError
-from lmm_jax.inference.buckets import bucket
+from lmm_jax.inference.buckets import length_bucket, power_of_two
 from lmm_jax.inference.images import Accumulator, ImageSide, Medium, count_images
 from lmm_jax.inference.sampling import Sampler, Sampling, sample
 from lmm_jax.models.llama import KV, empty_cache
 from lmm_jax.models.llava_mini import LlavaMini
 from lmm_jax.models.loss import next_token_loss
 
-SMALLEST_LENGTH = 16
 MAX_BATCH = 16
 MAX_POSITIONS = 32768  # rows × positions of one batch
 STREAM_STEPS = 8  # tokens between two looks at a stream, once it runs
@@ -155,14 +154,14 @@ class Engine:
         """
         for row in rows:
             check_row(row, self.config)
-        batch = self._multiple * bucket(-(-len(rows) // self._multiple))
+        batch = self._multiple * power_of_two(-(-len(rows) // self._multiple))
         longest = max(fused_length(r, self.config) for r in rows)
-        fused = bucket(longest, SMALLEST_LENGTH) if longest else 1
+        fused = length_bucket(longest) if longest else 1
         first = lay_out(rows, self.config, fused=fused, batch=batch)
         with jax.set_mesh(self.mesh):
             state, counts = self.images.take(self.params, first, media)
             rows = [dataclasses.replace(r, images=tuple(c)) for r, c in zip(rows, counts)]
-            length = bucket(max(decoder_length(r, self.config) for r in rows), SMALLEST_LENGTH)
+            length = length_bucket(max(decoder_length(r, self.config) for r in rows))
             layout = lay_out(rows, self.config, length=length, fused=fused, batch=batch)
             images = np.bincount(layout.image_rows, minlength=batch).astype(np.float32)
             return self._place(self.params, layout.ids, state, images, layout.fused_index, layout.vision_index), layout
@@ -185,7 +184,7 @@ class Engine:
         lengths = [self._check(r) for r in requests]
         batches: list[list[int]] = []
         for i in sorted(range(len(requests)), key=lambda i: lengths[i]):
-            size = bucket(lengths[i], SMALLEST_LENGTH)
+            size = length_bucket(lengths[i])
             full = not batches or len(batches[-1]) == MAX_BATCH or (len(batches[-1]) + 1) * size > MAX_POSITIONS
             if full:
                 batches.append([])
@@ -199,7 +198,7 @@ class Engine:
         settings = [r.sampling for r in requests]
         limits[: len(requests)] = [min(s.max_new_tokens, context - n) for s, n in zip(settings, layout.lengths)]
         settings += [Sampling()] * (len(limits) - len(requests))
-        room = bucket(int(limits.max()), SMALLEST_LENGTH)
+        room = length_bucket(int(limits.max()))
         with jax.set_mesh(self.mesh):
             return self._prefill(self.params, x, layout.lengths, limits, Sampler.of(settings), stop, room=room)
 

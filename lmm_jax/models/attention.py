@@ -79,26 +79,23 @@ def _choose(wanted: str, q: jax.Array, k: jax.Array, causal: bool, mask: jax.Arr
     """The implementation that runs."""
     many = q.shape[1] * k.shape[1] >= MANY
     portable = "blocks" if many else "plain"
-    if wanted == "auto":
-        platform = jax.default_backend()
-        if platform == "gpu" and _is_ampere_or_later():
-            wanted = "cudnn"
-        elif platform == "tpu" and many:
-            wanted = "splash"
-        else:
-            return portable
-    if wanted == "cudnn":
+    platform = jax.default_backend()
+    if wanted == "auto" and platform == "gpu" and _is_ampere_or_later():
+        wanted = "cudnn"
+    elif wanted == "auto":
+        wanted = "splash" if platform == "tpu" and many else portable
+    able = True
+    if wanted == "cudnn":  # which aligns the first query with the first key
         half = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-        # cuDNN aligns the first query with the first key
         able = half and mask is None and q.shape[1] > 1 and (not causal or q.shape[1] == k.shape[1])
-    else:
-        able = causal and mask is None or not wanted.startswith("splash")
+    elif wanted.startswith("splash"):
+        able = causal and mask is None
     return wanted if able else portable
 
 
 def _is_ampere_or_later() -> bool:
     """Whether the GPU is one that cuDNN's attention needs; AMD's name themselves gfx…, not 8.0."""
-    major = jax.local_devices()[0].compute_capability.split(".")[0]
+    major = getattr(jax.local_devices()[0], "compute_capability", "").split(".")[0]
     return major.isdecimal() and int(major) >= 8
 
 

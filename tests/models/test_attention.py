@@ -1,5 +1,6 @@
 """Every attention kernel against float64 arithmetic, alone and on a mesh, and which of them runs where."""
 
+import dataclasses
 import functools
 import types
 
@@ -12,20 +13,19 @@ from support import relative_error
 from lmm_jax.config import named_sizes
 from lmm_jax.errors import UserError
 from lmm_jax.models import attention
-from lmm_jax.models.attention import attend
 from lmm_jax.models.llama import empty_cache
-from lmm_jax.models.llava_mini import LlavaMini, init_params
+from lmm_jax.models.llava_mini import LlavaMini, abstract_params
 from lmm_jax.sharding import make_mesh
 
+attend = jax.jit(attention.attend, static_argnames=("causal", "implementation"))
 RUN_HERE = ("plain", "blocks", "splash_interpret")
 # batch, queries, keys, heads, key heads, channels; no length is a multiple of a block
 SHAPES = {
     "square": (2, 200, 200, 4, 4, 16),
     "grouped": (2, 200, 200, 6, 2, 16),
     "several blocks": (1, 700, 700, 2, 1, 8),
-    "text after image": (2, 70, 333, 4, 2, 16),
-    "long text after image": (1, 300, 877, 2, 2, 8),
-    "text after image, one block": (1, 7, 30, 2, 2, 8),
+    "text after image": (2, 7, 130, 4, 2, 16),
+    "long text after image": (1, 300, 577, 2, 2, 8),
 }
 TOLERANCE = {np.float32: 1e-6, jnp.bfloat16: 1e-2}
 
@@ -34,7 +34,7 @@ def draw(shape, dtype=np.float32):
     batch, queries, keys, heads, key_heads, channels = shape
     rng = np.random.default_rng(0)
     sizes = ((batch, queries, heads, channels), *((batch, keys, key_heads, channels),) * 2)
-    return tuple(rng.standard_normal(size).astype(dtype) for size in sizes)
+    return tuple(jnp.asarray(rng.standard_normal(size), dtype) for size in sizes)
 
 
 def reference(q, k, v, seen):
@@ -84,16 +84,23 @@ def test_mask(implementation, queries):
     assert relative_error(out, reference(q, k, v, mask)) < 1e-6
 
 
+@functools.partial(jax.jit, static_argnames="name")
+def output_and_gradients(q, k, v, name):
+    """Causal attention, and what comes back to q, k and v from the sum of squares of its output."""
+
+    def loss(*x):
+        out = attention.attend(*x, causal=True, implementation=name)
+        return (out.astype(jnp.float32) ** 2).sum(), out
+
+    (_, out), gradients = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+    return out, *gradients
+
+
 @pytest.mark.parametrize("implementation", ("blocks", "splash_interpret"))
 @pytest.mark.parametrize("shape", ("grouped", "several blocks", "long text after image"))
 def test_gradients(implementation, shape):
-    q, k, v = draw(SHAPES[shape])
-    target = np.random.default_rng(1).standard_normal(q.shape).astype(np.float32)
-
-    def gradients(name):
-        return jax.grad(lambda *x: (attend(*x, causal=True, implementation=name) * target).sum(), (0, 1, 2))(q, k, v)
-
-    for got, expected in zip(gradients(implementation), gradients("plain")):
+    x = draw(SHAPES[shape])
+    for got, expected in zip(output_and_gradients(*x, implementation), output_and_gradients(*x, "plain")):
         assert relative_error(got, expected) < 2e-6
 
 
@@ -109,37 +116,25 @@ def test_what_cannot_be_asked():
 
 # what the mesh divides -> shape, and the part of the output (batch, queries, heads, channels) that one device has
 SHARDED = {
-    "all": ((4, 200, 200, 4, 2, 16), (1, 200, 2, 16)),
-    "no heads": ((4, 200, 200, 3, 3, 16), (1, 200, 3, 16)),
-    "no key heads": ((4, 200, 200, 4, 1, 16), (1, 200, 2, 16)),
-    "no rows": ((3, 200, 200, 4, 2, 16), (3, 200, 2, 16)),
-    "nothing": ((3, 70, 333, 3, 1, 16), (3, 70, 3, 16)),
+    "rows and heads": ((4, 130, 130, 4, 2, 16), (1, 130, 2, 16)),
+    "rows and query heads": ((4, 130, 130, 6, 3, 16), (1, 130, 3, 16)),
+    "query heads": ((3, 130, 130, 2, 1, 16), (3, 130, 1, 16)),
+    "nothing": ((3, 130, 130, 3, 3, 16), (3, 130, 3, 16)),
 }
 
 
-@pytest.mark.parametrize("implementation", (*RUN_HERE, "cudnn"))
+@pytest.mark.parametrize("implementation", ("blocks", "splash_interpret", "cudnn"))
 @pytest.mark.parametrize("shape, part", SHARDED.values(), ids=SHARDED)
 def test_mesh(implementation, shape, part, cudnn_by_xla):
     dtype = jnp.bfloat16 if implementation == "cudnn" else np.float32
-    q, k, v = draw(shape, dtype)
-    tolerance = TOLERANCE[dtype]
-
-    @functools.partial(jax.jit, static_argnames="name")
-    def run(*x, name):
-        def loss(*x):
-            out = attend(*x, causal=True, implementation=name)
-            return (out**2).astype(jnp.float32).sum(), out
-
-        return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(*x)
-
-    (_, expected), expected_gradients = run(q, k, v, name="plain")
+    x = draw(shape, dtype)
+    expected = output_and_gradients(*x, "plain")
     with jax.set_mesh(make_mesh("data=2,fsdp=2,tensor=2")):
-        (_, out), gradients = run(q, k, v, name=implementation)
-    if attention._choose(implementation, q, k, True, None) in ("cudnn", "splash_interpret"):
-        assert out.sharding.shard_shape(out.shape) == part
-    assert relative_error(out, expected) < tolerance
-    for got, wanted in zip(gradients, expected_gradients):
-        assert relative_error(got, wanted) < 3 * tolerance
+        got = output_and_gradients(*x, implementation)
+    if implementation != "blocks":  # which the partitioner is free to lay out
+        assert got[0].sharding.shard_shape(got[0].shape) == part
+    for g, e in zip(got, expected):
+        assert relative_error(g, e) < (2e-2 if implementation == "cudnn" else 2e-6)
 
 
 # ---- cuDNN, without a GPU -------------------------------------------------------------------------------------------
@@ -161,7 +156,7 @@ def cudnn_by_xla(monkeypatch):
 def test_cudnn_is_asked_for_the_right_thing(causal, length, cudnn_by_xla):
     q, k, v = draw((2, length, length, 4, 2, 16), jnp.bfloat16)
     assert attention._choose("cudnn", q, k, causal, None) == "cudnn"
-    out = attend(q, k, v, causal=causal, implementation="cudnn")
+    out = attention.attend(q, k, v, causal=causal, implementation="cudnn")  # not from jit's cache
     assert relative_error(out, reference(q, k, v, triangle(q, k) if causal else True)) < 1e-2
 
 
@@ -175,7 +170,7 @@ def test_cudnn_takes_it(mesh, shape, causal, monkeypatch):
     mesh = make_mesh(mesh)
 
     def loss(*x):
-        return attend(*x, causal=causal, implementation="cudnn").astype(jnp.float32).sum()
+        return attention.attend(*x, causal=causal, implementation="cudnn").astype(jnp.float32).sum()
 
     with jax.set_mesh(mesh):
         traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*draw(shape, jnp.bfloat16))
@@ -232,18 +227,18 @@ def test_auto(where, lengths, channels, dtype, kind, choice, monkeypatch):
     assert attention._choose("auto", q, k, kind == "causal", mask) == choice
 
 
-@pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
-def test_a_model_runs_with_any(implementation):
-    """Whatever is named: pictures, text after them, prompt and next token give what `plain` gives."""
-    config = named_sizes()["tiny"]
-    params = init_params(config, make_mesh())
-    pixels = np.random.default_rng(0).integers(0, 256, (1, 1, 56, 56, 3), np.uint8)
+def test_a_model_runs_with_a_kernel_that_cannot_do_everything():
+    """Pictures, text after them, prompt and next token, of which this kernel does half, give what `plain` gives."""
+    config = dataclasses.replace(named_sizes()["tiny"], prefusion_layers=2)
+    config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, num_layers=2))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda s: rng.normal(0, 0.1, s.shape).astype(s.dtype), abstract_params(config, make_mesh()))
+    pixels = rng.integers(0, 256, (1, 1, 56, 56, 3), np.uint8)
     ids = np.arange(1, 8)[None]
 
     @functools.partial(jax.jit, static_argnames="name")
     def run(params, name):
-        model = LlavaMini(config, jnp.float32, name)
-        call = functools.partial(model.apply, {"params": params})
+        call = functools.partial(LlavaMini(config, jnp.float32, name).apply, {"params": params})
         prefix = call(pixels, method="encode_image")
         text = call(call(ids, method="embed"), prefix, method="fuse_text")
         x = jnp.concatenate([prefix.tokens, text], axis=1)
@@ -252,5 +247,5 @@ def test_a_model_runs_with_any(implementation):
         prompt, cache = call(x, cache=cache, last=last, method="decode")
         return prompt, call(x[:, :1], cache=cache, write_at=last + 1, method="decode")[0]
 
-    for got, expected in zip(run(params, implementation), run(params, "plain")):
+    for got, expected in zip(run(params, "splash_interpret"), run(params, "plain")):
         assert relative_error(got, expected) < 1e-5
