@@ -142,7 +142,8 @@ def _chat(args: argparse.Namespace) -> None:
     assistant = _load(args)
     assistant.tokenizer  # noqa: B018  a model that cannot chat says so now
     chat, images, video = assistant.chat(args.template), [], None
-    print(CHAT_HELP if sys.stdin.isatty() else "", end="\n" if sys.stdin.isatty() else "")
+    if sys.stdin.isatty():
+        print(CHAT_HELP)
     while (line := _read_line()) is not None:
         command, _, rest = line.strip().partition(" ")
         if command == "/quit":
@@ -159,8 +160,10 @@ def _chat(args: argparse.Namespace) -> None:
             elif line.strip():
                 _print_pieces(chat.stream(line.strip(), images, video, **_sampling(args)))
                 images, video = [], None
-        except UserError as error:  # a slip of one turn does not end the conversation
-            print(f"error: {error}", file=sys.stderr)
+        except UserError as error:
+            if not sys.stdin.isatty():
+                raise
+            print(f"error: {error}", file=sys.stderr)  # a slip of one turn does not end the conversation
         except KeyboardInterrupt:
             print("\n(stopped: this turn is forgotten)")
 
