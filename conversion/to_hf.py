@@ -15,8 +15,8 @@ from conversion.names import VISION_PREFIX, Entry, table
 from conversion.progress import byte_bar
 from conversion.readers import Fault, listed
 from conversion.tokenizers import files_to_copy, read_tokenizer
-from conversion.writers import Output, copy_files, num_bytes, plan_shards, whole_folder, write_safetensors
-from lmm_jax.checkpoint import leaf_shapes, read_config, read_leaf
+from conversion.writers import Output, copy_files, num_bytes, plan_shards, write_safetensors
+from lmm_jax.checkpoint import leaf_shapes, read_config, read_leaf, whole_folder
 from lmm_jax.errors import UserError
 
 VISION_FOLDER = "vision_tower"

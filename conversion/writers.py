@@ -1,19 +1,15 @@
-"""Writing safetensors tensor by tensor, into a folder that appears whole or not at all."""
+"""Writing safetensors tensor by tensor."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-
-from lmm_jax.errors import UserError
 
 _DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
@@ -76,29 +72,3 @@ def copy_files(files: Iterable[Path], folder: Path) -> None:
     """Copies files into a folder, names kept."""
     for file in files:
         shutil.copyfile(file, folder / file.name)
-
-
-@contextlib.contextmanager
-def whole_folder(dst: Path, size: int) -> Iterator[Path]:
-    """A folder to write into; it becomes `dst` when the block ends well and is removed otherwise.
-
-    Raises:
-      UserError: `dst` is taken, or the disk refuses or has less than `size` bytes left.
-    """
-    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-        raise UserError(f"{dst} exists already and is not an empty folder: choose another name")
-    dst = dst.resolve()
-    growing = dst.with_name(f".{dst.name}.tmp-{os.getpid()}")
-    try:
-        dst.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(dst.parent).free
-        if size > free:
-            raise UserError(f"{dst} needs {size / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB left: make room")
-        growing.mkdir()
-        try:
-            yield growing
-            growing.rename(dst)
-        finally:
-            shutil.rmtree(growing, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"cannot write {dst} ({error}): nothing was written") from error

@@ -1,119 +1,24 @@
 """Every intermediate, the logits and the gradients against the published implementation."""
 
-import functools
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from published import intermediate_errors, loss_and_gradients, to_hf_names
 from support import INFERENCE, TRAINING, golden, gradient_norms, relative_error
 
-from conversion.names import table
-from lmm_jax.checkpoint import unstack
-from lmm_jax.data.layout import Row, lay_out
 from lmm_jax.models.llava_mini import LlavaMini
-from lmm_jax.models.loss import next_token_loss
 
 TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
 
 
-def rows_of(arrays):
-    rows = []
-    for b, mask in enumerate(arrays["attention_mask"]):
-        ids, labels = arrays["input_ids"][b], arrays.get("labels")
-        images = arrays["pixel_values"].shape[1] if np.ndim(arrays.get("pixel_values")) == 6 else 1
-        keep = mask > 0
-        count = int((ids[keep] == -200).sum())
-        rows.append(Row(ids[keep], (images,) * count, None if labels is None else labels[b][keep]))
-    return rows
-
-
-def pixels_of(arrays):
-    """(N,P,H,W,3), frames of all rows in order."""
-    pixels = arrays["pixel_values"]
-    return np.moveaxis(pixels.reshape(-1, *pixels.shape[-4:]), 2, -1)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "method"))
-def apply(model, method, params, *args):
-    return model.apply({"params": params}, *args, method=method)
-
-
-def partial_call(model, params, method, *args):
-    return apply(model, method, params, *args)
-
-
-def decoder_input(model, params, layout, arrays):
-    """Prefix, fused text (B,I,D) and decoder input, by the model's own functions."""
-
-    call = functools.partial(partial_call, model, params)
-
-    if "pixel_values" not in arrays:
-        return None, None, call("embed", layout.ids)
-    prefix = call("encode_image", pixels_of(arrays))
-    fused = None
-    if model.config.prefusion_layers:
-        each = call("fuse_text", call("embed", layout.fused_ids)[layout.image_rows], prefix)
-        count = np.bincount(layout.image_rows, minlength=len(layout.ids))[:, None, None]
-        fused = jax.ops.segment_sum(each, layout.image_rows, len(layout.ids)) / count
-    x = call("place_tokens", layout.ids, fused, prefix.tokens, layout.fused_index, layout.vision_index)
-    return prefix, fused, x
-
-
 @pytest.mark.parametrize("case,scenario", INFERENCE)
 def test_intermediates(assistant, case, scenario):
-    loaded, expected = assistant(case), golden(case, scenario)
-    model, params = LlavaMini(loaded.config), loaded.engine.params
-    layout = lay_out(rows_of(expected), loaded.config)
-    prefix, fused, x = decoder_input(model, params, layout, expected)
-    logits = apply(model, "decode", params, x)[0]
-    real = expected["inputs_embeds_mask"] > 0
-    errors = {
-        "inputs_embeds": relative_error(x[real], expected["inputs_embeds"][real]),
-        "logits": relative_error(logits[real], expected["logits"][real]),
-    }
-    if prefix is not None:
-        errors |= image_side_errors(model, params, expected)
-    if model.config.compressor and prefix is not None:
-        frames = len(expected["prefusion_compressed"])  # of a video the arrays hold the first frame
-        errors["prefusion_compressed"] = relative_error(prefix.tokens[:frames], expected["prefusion_compressed"])
-        errors["prefusion_text"] = relative_error(*fused_text(model, params, layout, expected, prefix))
+    expected = golden(case, scenario)
+    errors = intermediate_errors(assistant(case), expected)
     assert all(e <= TOLERANCE for e in errors.values()), errors
     assert set(expected) - {"input_ids", "attention_mask", "pixel_values", "inputs_embeds_mask", "greedy_tokens"} == set(
         errors
     )
-
-
-def image_side_errors(model, params, expected):
-    call = functools.partial(partial_call, model, params)
-
-    features = call("vision_features", pixels_of(expected))
-    count = len(expected["vision_features"]) // features.shape[1]
-    errors = {
-        "vision_features": relative_error(features[:count].reshape(-1, *features.shape[2:]), expected["vision_features"])
-    }
-    if not model.config.compressor:
-        return errors | {
-            "projected_features": relative_error(call("project", features[:, -1]), expected["projected_features"])
-        }
-    grid = call("stitch", features[:, :-1]) if model.config.resolution_ratio > 1 else features[:, -1]
-    tokens, attention = (part[:count] for part in call("compress", grid))
-    return errors | {
-        "compressor_output": relative_error(tokens, expected["compressor_output"]),
-        "compressor_attention": relative_error(attention, expected["compressor_attention"]),
-        "projected_compressed": relative_error(call("project", tokens), expected["projected_compressed"]),
-    }
-
-
-def fused_text(model, params, layout, expected, prefix):
-    """First frame's fused text, plain embeddings where masked, as the published code lays it out (B,T,D)."""
-    text = apply(model, "embed", params, layout.fused_ids[layout.image_rows])
-    each = apply(model, "fuse_text", params, text, prefix)
-    out = np.array(apply(model, "embed", params, np.maximum(expected["input_ids"], 0)))
-    for b in range(len(out)):
-        visible = (expected["attention_mask"][b] > 0) & (expected["input_ids"][b] > 0)
-        out[b, visible] = each[int(np.argmax(layout.image_rows == b)), : visible.sum()]
-    return out, expected["prefusion_text"]
 
 
 @pytest.mark.parametrize("case,scenario", INFERENCE)
@@ -131,15 +36,7 @@ def test_logits_and_greedy_tokens(assistant, case, scenario):
 def test_loss_and_gradients(assistant, case, scenario):
     loaded, expected = assistant(case), golden(case, scenario)
     config, model = loaded.config, LlavaMini(loaded.config)
-    layout = lay_out(rows_of(expected), config)
-
-    def objective(params):
-        _, _, x = decoder_input(model, params, layout, expected)
-        logits = model.apply({"params": params}, x, method="decode")[0]
-        total, count = next_token_loss(logits, layout.labels)
-        return total / count, logits
-
-    (loss, logits), gradients = jax.jit(jax.value_and_grad(objective, has_aux=True))(loaded.engine.params)
+    loss, logits, layout, gradients = loss_and_gradients(model, loaded.engine.params, expected)
     given = expected["input_ids"], expected["attention_mask"], expected["labels"], expected["pixel_values"]
     assert relative_error(loss, expected["loss"][0]) <= TOLERANCE
     assert relative_error(loaded.loss(*given), expected["loss"][0]) <= TOLERANCE
@@ -165,13 +62,3 @@ def check_without_gradient(case, scenario, ours, published):
         if norm is not None:
             assert name in published
             assert np.linalg.norm(ours[name]) == pytest.approx(norm, rel=GRADIENT_TOLERANCE)
-
-
-def to_hf_names(config, tree):
-    """A tree like the parameters, under the names and in the layout of the published checkpoint."""
-    leaves = unstack(tree)
-    return {
-        entry.tensor: entry.join([leaves[name].read() for name, _ in entry.leaves])
-        for entry in table(config)
-        if all(name in leaves for name, _ in entry.leaves)
-    }
