@@ -137,7 +137,7 @@ def _on_shards(kernel: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: 
         return kernel(q, k, v)
     spec = sharding.logical_spec(mesh, q.shape, "batch", None, "heads", None)
     if spec != sharding.logical_spec(mesh, k.shape, "batch", None, "kv_heads", None):
-        # more devices than key heads: each query head takes its own copy along
+        # the mesh divides the query heads only: each takes its own copy of keys and values along
         k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     return jax.shard_map(kernel, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
 

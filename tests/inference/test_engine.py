@@ -192,6 +192,7 @@ def test_buckets_are_few_and_large_enough():
         assert n <= rooms <= 2 * n and (rooms in (1, 2, 4) or rooms % 8 == 0)
 
 
+@pytest.mark.slow
 def test_compilations_are_bounded(tiny):
     """200 requests of random lengths, images and settings, alone and in batches."""
     engine = lmm_jax.load(tiny("tiny")).engine
