@@ -149,7 +149,7 @@ def _disk_errors() -> Iterator[None]:
 
 def _reason(error: ValueError) -> str:
     """The innermost cause that TensorStore names: 'NOT_FOUND: Error …: Error …: cause [os_error_code='28'] […]'."""
-    return re.sub(r" \[\w+='.*", "", str(error), flags=re.DOTALL).rpartition(": ")[2]
+    return re.sub(r" \[[\w ]+='.*", "", str(error), flags=re.DOTALL).rpartition(": ")[2]
 
 
 def _produce(name: str, leaf: LazyLeaf | np.ndarray) -> np.ndarray:

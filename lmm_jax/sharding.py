@@ -14,7 +14,6 @@ import re
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lmm_jax.errors import UserError
@@ -86,8 +85,8 @@ def make_mesh(spec: str | dict[str, int] | None = None, devices: list[jax.Device
         raise UserError(f"mesh {spec!r} needs {wanted} devices, but there are {len(devices)}: choose sizes whose product fits")
     if wanted < len(devices) and spec:
         logger.warning("mesh %s uses %d of %d devices", spec, wanted, len(devices))
-    grid = np.array(devices[:wanted]).reshape([sizes[a] for a in MESH_AXES])
-    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    shape = [sizes[a] for a in MESH_AXES]
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices[:wanted])
 
 
 def _parse_mesh(spec: str) -> dict[str, int]:
