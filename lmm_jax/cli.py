@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from lmm_jax.config import TEMPLATES
@@ -33,6 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run_command(command: Callable[[], None]) -> int:
     """Runs a command so that what a user did wrong is one sentence on standard error and status 2."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character still shows the others
     warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
     try:
         command()
@@ -51,6 +54,7 @@ def run_command(command: Callable[[], None]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lmm", description="LLaVA-Mini: ask about pictures and videos.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {metadata.version('lmm-jax')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     ask = commands.add_parser("ask", help="answer one question", description="Prints the answer as it is generated.")
@@ -59,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--video", metavar="FILE", help="a video")
     ask.add_argument("--start", type=float, metavar="SECONDS", help="where to begin in the video")
     ask.add_argument("--end", type=float, metavar="SECONDS", help="where to stop in the video")
-    ask.add_argument("--fps", type=float, default=1.0, metavar="N", help="frames taken per second of video (1)")
+    ask.add_argument("--fps", type=float, metavar="N", help="frames taken per second of video (1)")
     ask.add_argument("--json", action="store_true", help="print one JSON object: answer, finish_reason, tokens")
     _model_options(ask)
     ask.set_defaults(run=_ask)
@@ -111,8 +115,8 @@ def _load(args: argparse.Namespace) -> Assistant:
 
 
 def _ask(args: argparse.Namespace) -> None:
-    if not args.video and (args.start is not None or args.end is not None):
-        raise UserError("--start and --end choose a part of a video: give one with --video FILE")
+    if not args.video and (args.start, args.end, args.fps) != (None, None, None):
+        raise UserError("--start, --end and --fps choose frames of a video: give one with --video FILE")
     assistant = _load(args)
     from lmm_jax.inference.assistant import Conversation, Question
 
@@ -129,7 +133,8 @@ def _ask(args: argparse.Namespace) -> None:
 def _video(args: argparse.Namespace) -> Video | None:
     from lmm_jax.inference.assistant import Video
 
-    return Video(args.video, args.start, args.end, args.fps) if args.video else None
+    fps = 1.0 if args.fps is None else args.fps
+    return Video(args.video, args.start, args.end, fps) if args.video else None
 
 
 def _print_pieces(pieces: Iterator[str]) -> None:
@@ -158,8 +163,8 @@ def _chat(args: argparse.Namespace) -> None:
             elif command.startswith("/"):
                 print(CHAT_HELP)
             elif line.strip():
-                _print_pieces(chat.stream(line.strip(), images, video, **_sampling(args)))
-                images, video = [], None
+                shown, (images, video) = (images, video), ([], None)  # also of a turn that fails
+                _print_pieces(chat.stream(line.strip(), *shown, **_sampling(args)))
         except UserError as error:
             if not sys.stdin.isatty():
                 raise
@@ -171,6 +176,8 @@ def _chat(args: argparse.Namespace) -> None:
 def _shown(path: str, kind: str) -> str:
     from lmm_jax.data.image import existing_file, load_image
 
+    if not path.strip():
+        raise UserError(f"no {kind} was named: give its file after the command")
     path = existing_file(os.path.expanduser(path.strip()), kind)
     if kind == "picture":
         load_image(path, upright=True)

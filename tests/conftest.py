@@ -1,5 +1,7 @@
 """Every test process sees 8 simulated devices and computes in float32."""
 
+import contextlib
+import io
 import os
 
 # compiling is most of the suite's time, and the models are tiny: spend little on optimising them
@@ -26,7 +28,8 @@ def converted(tmp_path_factory):
             folders[case] = tmp_path_factory.mktemp(case) / "model"
             tokenizer = {"image_c1": "llama3_tokenizer"}.get(case, "vicuna_tokenizer")
             arguments = ["from-hf", str(GOLDEN / case / "hf"), str(folders[case])]
-            assert main([*arguments, "--tokenizer", str(GOLDEN / "text" / tokenizer)]) == 0
+            with contextlib.redirect_stdout(io.StringIO()):
+                assert main([*arguments, "--tokenizer", str(GOLDEN / "text" / tokenizer)]) == 0
         return folders[case]
 
     assert set(CASES) <= {p.name for p in GOLDEN.iterdir()}

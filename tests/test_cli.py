@@ -9,11 +9,15 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from support import GOLDEN
+from support import CASES, GOLDEN
 
 import lmm_jax
 from lmm_jax.cli import main
+from lmm_jax.data.conversation import render
+from lmm_jax.data.image import normalize
+from lmm_jax.inference.assistant import Conversation, Question
 
+CLIP = str(GOLDEN.parents[1] / "examples" / "moving.mp4")
 PICTURE = str(GOLDEN / "preprocessing" / "odd.png")
 
 
@@ -32,6 +36,23 @@ def test_ask_prints_the_answer(capsys, model):
     status, out, err = run(capsys, "ask", "--model", model, "--image", PICTURE, "--max-new-tokens", 8, "What is it?")
     assert (status, err) == (0, "")
     assert out.strip() == lmm_jax.load(model).ask("What is it?", [PICTURE], max_new_tokens=8)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_converted_checkpoint_answers_as_its_arrays_say(capsys, converted, case, tmp_path):
+    """The same prompt and pixels through the command and through `generate`."""
+    loaded = lmm_jax.load(converted(case))
+    asked = loaded.extend(Conversation(), Question("What is it?", [PICTURE]))
+    spans = render(asked.messages, loaded.config.template, loaded.tokenizer, generate=True)
+    ids, _ = loaded.tokenizer.encode(spans)
+    pixels = np.moveaxis(normalize(asked.media[0]), -1, 1)[None]
+    tokens = loaded.generate(ids[None], None, pixels, max_new_tokens=8)[0]
+    expected = loaded.tokenizer.decode(tokens[tokens >= 0]).strip()
+    status, out, _ = run(capsys, "ask", "--model", converted(case), "--image", PICTURE, "--max-new-tokens", 8, "What is it?")
+    assert status == 0 and out.strip() == expected
+    video = ["--video", CLIP, "--fps", 2, "--start", 1, "--end", 4, "--json"]
+    status, out, err = run(capsys, "ask", "--model", converted(case), *video, "--max-new-tokens", 4, "What moves?")
+    assert (status, err) == (0, "") and json.loads(out)["tokens"] >= 1
 
 
 def test_ask_in_json(capsys, model):
@@ -124,6 +145,9 @@ def test_bad_media(capsys, model, tmp_path, name):
         (["--model", "MODEL", "--temperature", "-1", "Hi"], "temperature"),
         (["--model", "MODEL", "--max-new-tokens", "0", "Hi"], "max_new_tokens"),
         (["--model", "MODEL", "--start", "3", "Hi"], "--video"),
+        (["--model", "MODEL", "--fps", "3", "Hi"], "--video"),
+        (["--model", "MODEL", "--top-k", "3000000000", "Hi"], "top_k"),
+        (["--model", "MODEL", "a\udcffb"], "UTF-8"),
         (["--model", "MODEL", "--template", "llava_llama_3_1", "Hi"], "template"),
     ],
 )
@@ -137,14 +161,17 @@ def check_refused(status, out, err, words):
     assert words in err
 
 
-def test_a_slip_in_a_chat_that_is_typed_does_not_end_it(capsys, model, monkeypatch):
+def test_a_slip_in_a_chat_that_is_typed_does_not_end_it(capsys, model, monkeypatch, tmp_path):
+    text = tmp_path / "text.mp4"
+    text.write_text("no video")
+
     class Terminal(io.StringIO):
         def isatty(self):
             return True
 
-    monkeypatch.setattr("sys.stdin", Terminal("/image nothing.png\nHello?\n"))
+    monkeypatch.setattr("sys.stdin", Terminal(f"/image nothing.png\n/image\n/video {text}\nWhat?\nHello?\n"))
     status, out, err = run(capsys, "chat", "--model", model, "--max-new-tokens", 3)
-    assert status == 0 and "nothing.png does not exist" in err
+    assert status == 0 and "nothing.png does not exist" in err and "no picture was named" in err and "text.mp4" in err
     assert lmm_jax.load(model).ask("Hello?", max_new_tokens=3) in out
 
 
@@ -159,3 +186,9 @@ def test_the_installed_command(model):
     assert good.returncode == 0 and good.stderr == "" and good.stdout.strip()
     bad = subprocess.run([*command, "--image", "no.png", "Hi"], capture_output=True, text=True)
     check_refused(bad.returncode, bad.stdout, bad.stderr, "no.png")
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out.startswith("lmm 0.")

@@ -23,6 +23,7 @@ ROOMS = {
         "lmm_jax.checkpoint",
     },
     "lmm_jax.cli": {"lmm_jax", "lmm_jax.errors", "lmm_jax.config", "lmm_jax.data", "lmm_jax.inference"},
+    "lmm_jax.__main__": {"lmm_jax.cli"},
     "lmm_jax": {"lmm_jax.inference"},
     "conversion": {"lmm_jax.errors", "lmm_jax.config", "lmm_jax.checkpoint", "lmm_jax.data", "lmm_jax.cli"},
 }

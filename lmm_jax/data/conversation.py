@@ -108,6 +108,18 @@ def with_placeholders(question: str, images: int) -> str:
     return question
 
 
+def video_place(question: str, images: int, videos: int) -> int:
+    """Where a question's video comes among its media: where `<video>` stands, else after its `images` pictures.
+
+    Raises:
+      UserError: more `<video>` placeholders than `videos` (0 or 1).
+    """
+    before, found, _ = question.partition(VIDEO)
+    if question.count(VIDEO) > videos:
+        raise UserError(f"the question has {question.count(VIDEO)} {VIDEO} placeholder(s) but {videos} video(s) were given")
+    return before.count(IMAGE) if found else images
+
+
 def count_placeholders(messages: Sequence[Message]) -> int:
     """Images (or videos) that the messages ask for: every `<image>` in a user's turn."""
     return sum(m.content.count(IMAGE) for m in messages if m.role == "user")

@@ -128,6 +128,8 @@ class Tokenizer:
     def _tokenize(self, text: str) -> list[tuple[int, int]]:
         """(token id, index of the first character it stands for) for each token of a text."""
         prefix = self._prefix if text and not self._special.match(text) else ""
+        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+            raise UserError("the text is not valid UTF-8: write it in UTF-8")
         encoding = self._backend.encode(prefix + text, add_special_tokens=False)
         return [(i, max(first - len(prefix), 0)) for i, (first, _) in zip(encoding.ids, encoding.offsets)]
 

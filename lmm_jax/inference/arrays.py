@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lmm_jax.config import IMAGE_TOKEN_ID, ModelConfig
+from lmm_jax.config import IGNORE_LABEL, IMAGE_TOKEN_ID, ModelConfig
 from lmm_jax.data.layout import Row, decoder_length
 from lmm_jax.errors import UserError
 from lmm_jax.inference.images import Medium
@@ -32,7 +32,7 @@ def rows(
       labels: (B,T) int or None.
 
     Raises:
-      UserError: shapes that do not fit together.
+      UserError: shapes that do not fit together, labels outside the vocabulary.
     """
     input_ids = np.asarray(input_ids)
     mask = np.ones(input_ids.shape, bool) if attention_mask is None else np.asarray(attention_mask) != 0
@@ -61,6 +61,13 @@ def _check(
     if ids.ndim != 2 or mask.shape != ids.shape or (labels is not None and np.shape(labels) != ids.shape):
         shapes = f"{ids.shape}, {mask.shape}" + ("" if labels is None else f", {np.shape(labels)}")
         raise UserError(f"input_ids, attention_mask and labels must all have the shape (B, T), got {shapes}")
+    if not len(ids):
+        raise UserError("input_ids have no rows: give at least one")
+    vocabulary = config.decoder.vocab_size
+    known = np.asarray(IGNORE_LABEL if labels is None else labels)
+    bad = known[(known != IGNORE_LABEL) & ((known < 0) | (known >= vocabulary))]
+    if bad.size:
+        raise UserError(f"label {bad[0]} is neither {IGNORE_LABEL} nor a token of the model's vocabulary of {vocabulary}")
     if pixels is None:
         return
     side = config.vision.image_size

@@ -20,8 +20,8 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from lmm_jax import checkpoint, sharding
-from lmm_jax.config import ModelConfig
-from lmm_jax.data.conversation import Message, render, with_placeholders
+from lmm_jax.config import TEMPLATES, ModelConfig
+from lmm_jax.data.conversation import Message, render, video_place, with_placeholders
 from lmm_jax.data.image import load_image, preprocess
 from lmm_jax.data.tokenize import StreamDecoder, Tokenizer, stop_token_ids
 from lmm_jax.data.video import FrameStream, stream_frames
@@ -30,8 +30,10 @@ from lmm_jax.inference import arrays
 from lmm_jax.inference.engine import Engine, Request
 from lmm_jax.inference.images import Medium
 from lmm_jax.inference.sampling import Sampling
+from lmm_jax.models.attention import IMPLEMENTATIONS
 from lmm_jax.models.llava_mini import abstract_params
 
+DTYPES = ("float32", "bfloat16")
 Picture = str | os.PathLike | bytes | Image.Image
 
 
@@ -114,7 +116,7 @@ class Assistant:
         """The answer to one question.
 
         Args:
-          question: may have one `<image>` for each image and video; else they come first.
+          question: may have one `<image>` for each image and a `<video>`; without any, images come first, then the video.
           images: paths, file contents or Pillow images; EXIF rotation is applied.
           video: a path or a `Video`.
           template: one of `config.TEMPLATES`; None is the model's own.
@@ -127,6 +129,8 @@ class Assistant:
 
     def ask_batch(self, questions: Sequence[Question | str], *, template: str | None = None, **sampling: Any) -> list[str]:
         """Answers to many questions at once, each the same as if asked alone; see `ask`."""
+        if isinstance(questions, str):
+            raise TypeError("ask_batch takes a list of questions: for one there is ask")
         asked = [self.extend(Conversation(), Question(q) if isinstance(q, str) else q) for q in questions]
         return [answer.text for answer in self.answers(asked, template=template, **sampling)]
 
@@ -154,10 +158,12 @@ class Assistant:
           UserError: a picture that cannot be read, or placeholders that do not match the media.
         """
         one = isinstance(question.images, Picture)
-        pictures = [load_image(p, upright=True) for p in ([question.images] if one else question.images)]
+        pictures = [load_image(p, upright=True) for p in ([question.images] if one else question.images or ())]
         media: list[np.ndarray | Video] = [self._pixels(p) for p in pictures]
-        if question.video is not None:
-            media.append(question.video if isinstance(question.video, Video) else Video(question.video))
+        has_video = question.video is not None
+        place = video_place(question.text, len(media), int(has_video))
+        if has_video:
+            media.insert(place, question.video if isinstance(question.video, Video) else Video(question.video))
         message = Message("user", with_placeholders(question.text, len(media)))
         return Conversation((*conversation.messages, message), (*conversation.media, *media))
 
@@ -277,6 +283,8 @@ class Chat:
     def __init__(self, assistant: Assistant, template: str | None = None) -> None:
         """Starts empty; `template` as for `Assistant.ask`."""
         self._assistant, self._template = assistant, template
+        if template is not None and template not in TEMPLATES:
+            raise UserError(f"there is no prompt template {template!r}: choose one of {', '.join(TEMPLATES)}")
         self.conversation = Conversation()
 
     def ask(
@@ -323,7 +331,7 @@ def load(
     folder: str | os.PathLike,
     *,
     mesh: Mesh | str | None = None,
-    dtype: Any = None,
+    dtype: str | None = None,
     attention: str = "auto",
     prefix_cache_bytes: int = 512 * 2**20,
 ) -> Assistant:
@@ -332,13 +340,17 @@ def load(
     Args:
       folder: made by ``python -m conversion from-hf``.
       mesh: of `sharding.make_mesh`, or its text form ``"data=1,fsdp=8,tensor=1"``; None is one device.
-      dtype: of weights and arithmetic; None is bfloat16 on TPU and GPU, float32 on CPU.
+      dtype: of weights and arithmetic, "float32" or "bfloat16"; None is bfloat16 on TPU and GPU, float32 on CPU.
       attention: kernel, one of `models.attention.IMPLEMENTATIONS`.
       prefix_cache_bytes: device memory for pictures that may be asked about again.
 
     Raises:
-      UserError: no model folder, not converted yet, damaged, or a mesh that does not fit the devices.
+      UserError: no model folder, not converted yet, damaged; a mesh that does not fit the devices; no such dtype or kernel.
     """
+    if attention not in IMPLEMENTATIONS:
+        raise UserError(f"there is no attention {attention!r}: choose one of {', '.join(IMPLEMENTATIONS)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"a model cannot compute in {dtype!r}: choose one of {', '.join(DTYPES)}")
     config = checkpoint.read_config(Path(folder))
     mesh = mesh if isinstance(mesh, Mesh) else sharding.make_mesh(mesh)
     use_compilation_cache()

@@ -20,5 +20,5 @@ def length_bucket(n: int) -> int:
 
 
 def image_bucket(n: int, chunk: int) -> int:
-    """Room for `n` images: a power of two up to `chunk`, then a multiple of `chunk`."""
+    """Room for `n` images: a power of two up to `chunk`, then 1, 2, 3, 4, 6, 8, … times `chunk`."""
     return power_of_two(n) if n <= chunk else half_steps(-(-n // chunk)) * chunk

@@ -30,9 +30,10 @@ from lmm_jax.inference.sampling import Sampler, Sampling, sample
 from lmm_jax.models.llama import KV, empty_cache
 from lmm_jax.models.llava_mini import LlavaMini
 from lmm_jax.models.loss import next_token_loss
+from lmm_jax.sharding import constrain
 
 MAX_BATCH = 16
-MAX_POSITIONS = 32768  # rows × positions of one batch
+MAX_POSITIONS = 32768  # rows × positions of one batch, the room for answers included
 STREAM_STEPS = 8  # tokens between two looks at a stream, once it runs
 
 
@@ -122,7 +123,7 @@ class Engine:
 
     def stream(self, request: Request, stop_ids: Sequence[int]) -> Iterator[int]:
         """New tokens of one request as they come, up to and with the first of `stop_ids`."""
-        self._check(request)
+        self._check(request.row(), new=1)
         stop = np.array(stop_ids, np.int32)
         state, seen, steps = self._start([request], stop), 0, 1
         while True:
@@ -151,9 +152,10 @@ class Engine:
         """The decoder's input (B,T,D), rows and lengths padded to buckets, and its layout.
 
         `media` holds, per row, what its placeholders stand for. A video that ends early takes the room of its real frames.
+        Raises UserError where the model's context cannot hold a row.
         """
         for row in rows:
-            check_row(row, self.config)
+            self._check(row)
         batch = self._multiple * power_of_two(-(-len(rows) // self._multiple))
         longest = max(fused_length(r, self.config) for r in rows)
         fused = length_bucket(longest) if longest else 1
@@ -168,11 +170,11 @@ class Engine:
 
     # ---- host side of the programs --------------------------------------------------------------------------------
 
-    def _check(self, request: Request) -> int:
-        """Positions the prompt takes; raises UserError where the model's context cannot hold it."""
-        check_row(request.row(), self.config)
-        length, limit = decoder_length(request.row(), self.config), self.config.decoder.max_position_embeddings
-        if length >= limit:
+    def _check(self, row: Row, new: int = 0) -> int:
+        """Positions the prompt takes; raises UserError where the model's context cannot hold it and `new` tokens."""
+        check_row(row, self.config)
+        length, limit = decoder_length(row, self.config), self.config.decoder.max_position_embeddings
+        if length + new > limit:
             raise UserError(
                 f"the prompt takes {length} positions with its images, the model's context is {limit}: "
                 "shorten the text, give fewer images or a lower --fps"
@@ -181,13 +183,15 @@ class Engine:
 
     def _batches(self, requests: Sequence[Request]) -> list[list[int]]:
         """Indices grouped so that rows of one batch are of like length."""
-        lengths = [self._check(r) for r in requests]
+        lengths = [self._check(r.row(), new=1) for r in requests]
         batches: list[list[int]] = []
+        longest = 0  # tokens that a row of the batch may generate
         for i in sorted(range(len(requests)), key=lambda i: lengths[i]):
-            size = length_bucket(lengths[i])
-            full = not batches or len(batches[-1]) == MAX_BATCH or (len(batches[-1]) + 1) * size > MAX_POSITIONS
-            if full:
+            longest = max(longest, requests[i].sampling.max_new_tokens)
+            size = length_bucket(lengths[i]) + length_bucket(longest)
+            if not batches or len(batches[-1]) == MAX_BATCH or (len(batches[-1]) + 1) * size > MAX_POSITIONS:
                 batches.append([])
+                longest = requests[i].sampling.max_new_tokens
             batches[-1].append(i)
         return batches
 
@@ -235,7 +239,7 @@ class Engine:
         token = sample(logits[:, 0], sampler, count)
         tokens = jnp.zeros((batch, room), jnp.int32).at[:, 0].set(token)
         done = jnp.isin(token, stop) | (limits <= 1)
-        return DecodeState(cache, lengths, tokens, count + (limits > 0), limits, done, sampler)
+        return _spread(DecodeState(cache, lengths, tokens, count + (limits > 0), limits, done, sampler))
 
     def _decode_steps(self, params: Any, state: DecodeState, stop: jax.Array, steps: jax.Array) -> DecodeState:
         """Up to `steps` tokens for every row that is not done."""
@@ -260,4 +264,11 @@ class Engine:
         def more(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
             return (carry[0] < steps) & ~carry[1].done.all()
 
-        return jax.lax.while_loop(more, one, (jnp.int32(0), state))[1]
+        return _spread(jax.lax.while_loop(more, one, (jnp.int32(0), state))[1])
+
+
+def _spread(state: DecodeState) -> DecodeState:
+    """Rows over the batch axes: whatever made a state, it is laid out in one way, so that one program takes it."""
+    rows = {name: constrain(getattr(state, name), "batch") for name in ("position", "count", "limit", "done")}
+    sampler = jax.tree.map(lambda x: constrain(x, "batch"), state.sampler)
+    return state.replace(tokens=constrain(state.tokens, "batch", None), sampler=sampler, **rows)

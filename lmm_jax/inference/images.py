@@ -17,9 +17,10 @@ import numpy as np
 from flax import struct
 
 from lmm_jax.data.layout import Layout
-from lmm_jax.inference.buckets import image_bucket
+from lmm_jax.inference.buckets import image_bucket, power_of_two
 from lmm_jax.inference.prefix_cache import PrefixCache
 from lmm_jax.models.llava_mini import ImagePrefix, LlavaMini
+from lmm_jax.sharding import constrain
 
 CHUNK = 8  # images encoded at once
 
@@ -57,6 +58,7 @@ class ImageSide:
         self.prefixes = PrefixCache(cache_bytes)
         self._encode = jax.jit(lambda params, pixels: model.apply({"params": params}, pixels, method="encode_image"))
         self._fuse = jax.jit(self._fuse_text)
+        self._empty = jax.jit(self._empty_accumulator, static_argnums=0, static_argnames="room")
         self._accumulate = jax.jit(_accumulate, donate_argnums=0)
         self._split = jax.jit(_split_prefix)
         self._join = jax.jit(_join_prefixes)
@@ -72,7 +74,7 @@ class ImageSide:
         m = self._multiple
         room = m * image_bucket(-(-planned // m), self._chunk // m)
         size = min(room, self._chunk)
-        state = self._empty(layout.fused_ids.shape, room)
+        state = self._empty(layout.fused_ids.shape, room=room)
         in_flight: collections.deque[jax.Array] = collections.deque()
         fits = self.prefixes.max_bytes // self._prefix_bytes()
         for number, chunk in enumerate(_chunks(_flow(media, counts, fits), size)):
@@ -94,10 +96,10 @@ class ImageSide:
         keys_and_values = 2 * c.prefusion_layers * c.prefix_length * d.num_kv_heads * d.head_dim
         return (keys_and_values + c.tokens_per_image * d.hidden_size) * jnp.dtype(self._model.dtype).itemsize
 
-    def _empty(self, fused_shape: tuple[int, int], room: int) -> Accumulator:
+    def _empty_accumulator(self, fused_shape: tuple[int, int], room: int) -> Accumulator:
         width, v = self._config.decoder.hidden_size, self._config.tokens_per_image
-        text = np.zeros((*fused_shape, width), np.float32) if self._config.prefusion_layers else None
-        return Accumulator(text, np.zeros((room, v, width), self._model.dtype))
+        text = jnp.zeros((*fused_shape, width), jnp.float32) if self._config.prefusion_layers else None
+        return _spread(Accumulator(text, jnp.zeros((room, v, width), self._model.dtype)))
 
     def _prefix(self, params: Any, chunk: list[_Item], size: int) -> ImagePrefix:
         """Prefixes of a chunk's images, padded to `size`; single images come from the cache or go there."""
@@ -106,13 +108,15 @@ class ImageSide:
         first = {k: n for n, k in reversed(list(enumerate(keys)))}  # a picture that comes twice is encoded once
         missing = [n for n, k in enumerate(keys) if k not in known and (k is None or first[k] == n)]
         if missing:
-            pixels = np.zeros((size, *chunk[0].pixels.shape), chunk[0].pixels.dtype)
+            m = self._multiple
+            room = m * power_of_two(-(-len(missing) // m)) if any(keys) else size
+            pixels = np.zeros((room, *chunk[0].pixels.shape), chunk[0].pixels.dtype)
             for slot, n in enumerate(missing):
                 pixels[slot] = chunk[n].pixels
             encoded = self._encode(params, pixels)
             if not any(keys):
                 return encoded
-            single = self._split(encoded) if size > 1 else [encoded]
+            single = self._split(encoded) if room > 1 else [encoded]
             for slot, n in enumerate(missing):
                 known[keys[n] or n] = single[slot]
                 if keys[n]:
@@ -129,7 +133,13 @@ def _accumulate(state: Accumulator, text: jax.Array | None, tokens: jax.Array, r
     """Adds fused text (N,I,D) to its rows (N,) and writes vision tokens (N,V,D) from image number `at` on."""
     total = state.text if text is None else state.text.at[rows].add(text, mode="drop")
     start = (at, jnp.int32(0), jnp.int32(0))
-    return Accumulator(total, jax.lax.dynamic_update_slice(state.tokens, tokens.astype(state.tokens.dtype), start))
+    return _spread(Accumulator(total, jax.lax.dynamic_update_slice(state.tokens, tokens.astype(state.tokens.dtype), start)))
+
+
+def _spread(state: Accumulator) -> Accumulator:
+    """Text rows over the batch axes, vision tokens everywhere, since any row may want any of them."""
+    text = None if state.text is None else constrain(state.text, "batch", None, None)
+    return Accumulator(text, constrain(state.tokens, None, None, None))
 
 
 def _image_axis(path: tuple) -> int:

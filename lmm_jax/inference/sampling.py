@@ -35,16 +35,14 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Raises UserError for values out of range."""
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {self.max_new_tokens}: it must be at least 1")
+        for name, least in (("max_new_tokens", 1), ("top_k", 0), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int | np.integer) or not least <= value < 2**31:
+                raise UserError(f"{name} is {value}: it must be a whole number from {least} to {2**31 - 1}")
         if not 0.0 <= self.temperature < float("inf"):
             raise UserError(f"temperature is {self.temperature}: it must be 0 (greedy) or a positive number")
         if not 0.0 < self.top_p <= 1.0:
             raise UserError(f"top_p is {self.top_p}: it must be above 0 and at most 1")
-        if self.top_k < 0:
-            raise UserError(f"top_k is {self.top_k}: it must be 0 (all tokens) or positive")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed is {self.seed}: it must be between 0 and 2**32 - 1")
 
 
 @struct.dataclass

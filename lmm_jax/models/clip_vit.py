@@ -118,6 +118,7 @@ class Embeddings(nn.Module):
         """pixels (M,H,W,3) -> (M,G²+1,Dv), class token first."""
         p = self.config.patch_size
         x = self.patch_embedding(rearrange(pixels, "m (g p) (h q) c -> m (g h) (p q c)", p=p, q=p))
+        x = constrain(x, "batch", None, None)
         first = jnp.broadcast_to(self.class_embedding.astype(x.dtype), (x.shape[0], 1, x.shape[2]))
         return jnp.concatenate([first, x], axis=1) + self.position_embedding().astype(x.dtype)
 

@@ -24,18 +24,22 @@ class Proj(nn.Module):
     Attributes:
       inputs: sizes of the contracted axes, the last ones of x.
       outputs: sizes of the axes that replace them.
+      bias: whether one is added.
+      float32: whether y is float32 whatever x is, as logits are.
     """
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     bias: bool = False
+    float32: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x (…, *inputs) -> (…, *outputs), in the dtype of x."""
+        """x (…, *inputs) -> (…, *outputs), in the dtype of x, or float32."""
         init = nn.initializers.normal(0.02)
         kernel = self.param("kernel", init, (*self.inputs, *self.outputs), jnp.float32)
-        y = jnp.tensordot(x, kernel.astype(x.dtype), axes=len(self.inputs))
+        dtype = jnp.float32 if self.float32 else None
+        y = jnp.tensordot(x, kernel.astype(x.dtype), axes=len(self.inputs), preferred_element_type=dtype)
         if self.bias:
             y += self.param("bias", nn.initializers.zeros, self.outputs, jnp.float32).astype(x.dtype)
         return y

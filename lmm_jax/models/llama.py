@@ -19,10 +19,10 @@ from flax import struct
 
 from lmm_jax.config import DecoderConfig
 from lmm_jax.models import layers
-from lmm_jax.models.attention import attend
+from lmm_jax.models.attention import attend, attend_cached
 from lmm_jax.sharding import constrain
 
-KV = tuple[jax.Array, jax.Array]  # keys and values, each (B,S,K,H)
+KV = tuple[jax.Array, jax.Array]  # keys and values, each (B,S,K,H); of a cache (B,K,S,H), as decoding reads it
 
 
 @struct.dataclass
@@ -65,7 +65,7 @@ class Attention(nn.Module):
         Args:
           x: normalised input.
           prefix: keys and values before x, visible to all of it.
-          cache: (B,S,K,H) twice, or (L,B,S,K,H) twice with `layer` () int32 saying which.
+          cache: (B,K,S,H) twice, or (L,B,K,S,H) twice with `layer` () int32 saying which.
           layer: index into a stacked cache.
           step: what all layers share.
         """
@@ -82,8 +82,8 @@ class Attention(nn.Module):
             cache = _write(cache, new, layer, step.write_at)
         if step.write_at is not None:
             k, v = cache if layer is None else (t[layer] for t in cache)
-            mask, causal = jnp.arange(k.shape[1]) <= step.write_at[:, None, None], False
-        elif step.queries is not None:
+            return self.o_proj(attend_cached(q, k, v, step.write_at)), new, cache
+        if step.queries is not None:
             mask, causal = jnp.arange(x.shape[1]) <= step.queries[..., None], False
         elif prefix is not None:
             k, v = (jnp.concatenate(pair, axis=1) for pair in zip(prefix, new))
@@ -93,16 +93,22 @@ class Attention(nn.Module):
 
 def _write(cache: KV, new: KV, layer: jax.Array | None, write_at: jax.Array | None) -> KV:
     """New keys and values (B,T,K,H) at the start of the cache, or one token (B,1,K,H) at `write_at` (B,)."""
+    new = tuple(n.astype(c.dtype).swapaxes(1, 2) for c, n in zip(cache, new))
     if write_at is None:
         start = (0,) * 4 if layer is None else (layer, 0, 0, 0, 0)
-        return tuple(
-            jax.lax.dynamic_update_slice(c, (n if layer is None else n[None]).astype(c.dtype), start)
-            for c, n in zip(cache, new)
-        )
+        return tuple(jax.lax.dynamic_update_slice(c, n if layer is None else n[None], start) for c, n in zip(cache, new))
     rows = jnp.arange(len(write_at))
-    where = (rows, write_at) if layer is None else (layer, rows, write_at)
-    # a row that is done keeps writing past the end of its cache: dropped
-    return tuple(c.at[where].set(n[:, 0].astype(c.dtype), mode="drop") for c, n in zip(cache, new))
+    where = (rows, slice(None), write_at) if layer is None else (layer, rows, slice(None), write_at)
+    return tuple(_scatter(c, where, n[:, :, 0]) for c, n in zip(cache, new))
+
+
+def _scatter(cache: jax.Array, where: tuple, new: jax.Array) -> jax.Array:
+    """cache[where] = new, in place; what lies outside is dropped: a row that is done may write past its end."""
+    if cache.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+        # XLA has no such scatter there and would convert the whole cache to float32 and back: move bits instead
+        bits = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (cache, new))
+        return jax.lax.bitcast_convert_type(_scatter(next(bits), where, next(bits)), jnp.bfloat16)
+    return cache.at[where].set(new, mode="drop")
 
 
 class DecoderLayer(nn.Module):
@@ -172,11 +178,11 @@ class LayerStack(nn.Module):
 
 
 def empty_cache(config: DecoderConfig, batch: int, length: int, dtype: jnp.dtype) -> dict[str, KV]:
-    """Zeroed keys and values for `batch` rows of `length` positions: (L−1,B,S,K,H) twice and (B,S,K,H) twice."""
-    shape = (batch, length, config.num_kv_heads, config.head_dim)
-    last = tuple(constrain(jnp.zeros(shape, dtype), "batch", None, "kv_heads", None) for _ in range(2))
+    """Zeroed keys and values for `batch` rows of `length` positions: (L−1,B,K,S,H) twice and (B,K,S,H) twice."""
+    shape = (batch, config.num_kv_heads, length, config.head_dim)
+    last = tuple(constrain(jnp.zeros(shape, dtype), "batch", "kv_heads", None, None) for _ in range(2))
     if config.num_layers == 1:
         return {"last": last}
     shape = (config.num_layers - 1, *shape)
-    stack = tuple(constrain(jnp.zeros(shape, dtype), "layers", "batch", None, "kv_heads", None) for _ in range(2))
+    stack = tuple(constrain(jnp.zeros(shape, dtype), "layers", "batch", "kv_heads", None, None) for _ in range(2))
     return {"stack": stack, "last": last}

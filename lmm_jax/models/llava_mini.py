@@ -72,7 +72,7 @@ class LlavaMini(nn.Module):
         self.layers = LayerStack(c.decoder, c.decoder.num_layers)
         self.norm = layers.RMSNorm(c.decoder.rms_norm_eps)
         if not c.decoder.tie_word_embeddings:
-            self.lm_head = layers.Proj((c.decoder.hidden_size,), (c.decoder.vocab_size,))
+            self.lm_head = layers.Proj((c.decoder.hidden_size,), (c.decoder.vocab_size,), float32=True)
 
     # ---- the image side -------------------------------------------------------------------------------------------
 
@@ -188,7 +188,7 @@ class LlavaMini(nn.Module):
             y = jnp.einsum("btd,vd->btv", x, self.embed_tokens().astype(x.dtype), preferred_element_type=jnp.float32)
         else:
             y = self.lm_head(x)
-        return constrain(y.astype(jnp.float32), "batch", None, "vocab")
+        return constrain(y, "batch", None, "vocab")
 
     def __call__(self, pixels: jax.Array, ids: jax.Array) -> jax.Array:
         """Touches every parameter, for initialisation: pixels (1,P,H,W,3), ids (1,I) -> logits (1,I+V,vocab)."""

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lmm_jax.config import IGNORE_LABEL, IMAGE_TOKEN_ID
-from lmm_jax.data.conversation import Message, Span, count_placeholders, from_llava, render, with_placeholders
+from lmm_jax.data.conversation import Message, Span, count_placeholders, from_llava, render, video_place, with_placeholders
 from lmm_jax.data.tokenize import StreamDecoder, Tokenizer, stop_token_ids
 from lmm_jax.errors import UserError
 
@@ -369,3 +369,22 @@ print(transformers.logging.get_verbosity())
     assert done.stdout.strip() == ("20" if verbosity else "40")
     if verbosity is None:
         assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "question,images,place",
+    [("What?", 2, 2), ("<image> or <video>?", 1, 1), ("<video> or <image>?", 1, 0), ("<image><video><image>", 2, 1)],
+)
+def test_the_video_comes_where_it_stands(question, images, place):
+    assert video_place(question, images, 1) == place
+
+
+@pytest.mark.parametrize("question,videos", [("<video>?", 0), ("<video> <video>", 1)])
+def test_more_video_placeholders_than_videos(question, videos):
+    with pytest.raises(UserError, match="<video>"):
+        video_place(question, 3, videos)
+
+
+def test_text_that_is_not_utf8_is_refused(llama3):
+    with pytest.raises(UserError, match="UTF-8"):
+        llama3.encode_text("a\udcff")

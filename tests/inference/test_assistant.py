@@ -166,6 +166,43 @@ def test_the_prompt_is_the_template(model, converted):
         loaded.ask("Hi", template="no such")
 
 
+@pytest.mark.parametrize("settings", [{"dtype": "int8"}, {"dtype": "foo"}, {"attention": "foo"}])
+def test_settings_that_cannot_be(tiny, settings):
+    with pytest.raises(UserError, match="choose one of"):
+        lmm_jax.load(tiny("tiny"), **settings)
+
+
+def test_a_video_stands_where_its_placeholder_does(model, clip):
+    asked = model().extend(Conversation(), Question("<video> shows it, <image> too", [file("odd")], clip))
+    assert isinstance(asked.media[0], Video) and isinstance(asked.media[1], np.ndarray)
+    asked = model().extend(Conversation(), Question("What?", [file("odd")], clip))
+    assert isinstance(asked.media[1], Video) and isinstance(asked.media[0], np.ndarray)
+
+
+def test_one_question_is_not_a_batch(model):
+    with pytest.raises(TypeError, match="list"):
+        model().ask_batch("Hello?")
+    assert model().ask("Hello?", images=None, max_new_tokens=2) == model().ask("Hello?", max_new_tokens=2)
+
+
+def test_chat_with_an_unknown_template(model):
+    with pytest.raises(UserError, match="template"):
+        model().chat("no such")
+
+
+def test_loss_and_logits_refuse_what_they_cannot_compute(model):
+    context = model().config.decoder.max_position_embeddings
+    with pytest.raises(UserError, match="context"):
+        model().logits(np.ones((1, context + 1), int))
+    with pytest.raises(UserError, match="no rows"):
+        model().logits(np.ones((0, 5), int))
+    for label in (-1, 512):
+        with pytest.raises(UserError, match=f"label {label}"):
+            model().loss(np.ones((1, 5), int), None, np.full((1, 5), label))
+    with pytest.raises(UserError, match="nothing to predict"):
+        model().loss(np.ones((1, 5), int), None, np.full((1, 5), -100))
+
+
 def test_unknown_arguments_are_refused(model):
     with pytest.raises(TypeError, match="temprature"):
         model().ask("Hi", temprature=1.0)

@@ -1,0 +1,8 @@
+"""``python -m lmm_jax`` is the command `lmm`."""
+
+import sys
+
+from lmm_jax.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
