@@ -52,7 +52,8 @@ def decoder_input(model, params, layout, arrays):
         each = call("fuse_text", call("embed", layout.fused_ids)[layout.image_rows], prefix)
         count = np.bincount(layout.image_rows, minlength=len(layout.ids))[:, None, None]
         fused = jax.ops.segment_sum(each, layout.image_rows, len(layout.ids)) / count
-    x = call("place_tokens", layout.ids, fused, prefix.tokens, layout.fused_index, layout.vision_index)
+    x = call("place_text", layout.ids, fused, layout.fused_index)
+    x = call("place_vision", x, prefix.tokens, layout.vision_index)
     return prefix, fused, x
 
 

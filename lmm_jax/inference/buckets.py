@@ -15,10 +15,5 @@ def half_steps(n: int) -> int:
 
 
 def length_bucket(n: int) -> int:
-    """Room for `n` tokens: 32, 64, 128, 256, 384, 512, 768, …; where a program is short, compiling costs more than padding."""
-    return max(32, power_of_two(n) if n <= 256 else half_steps(n))
-
-
-def image_bucket(n: int, chunk: int) -> int:
-    """Room for `n` images: a power of two up to `chunk`, then 1, 2, 3, 4, 6, 8, … times `chunk`."""
-    return power_of_two(n) if n <= chunk else half_steps(-(-n // chunk)) * chunk
+    """Room for `n` tokens: 32, 64, 128, 256, 512, 768, 1024, …: compiling a short program costs more than padding."""
+    return max(32, power_of_two(n) if n <= 512 else half_steps(n))

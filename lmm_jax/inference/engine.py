@@ -1,7 +1,7 @@
 """The jitted programs of inference, and the host code that feeds them.
 
-    images, frames ─ encode ─ fuse ─ accumulate ─┐        chunks of images: memory does not grow with a video's length
-    prompt ids ──────────────────────────────────┴─ place ─ prefill ─ decode … decode        rows of a batch
+    images, frames ─ encode ─ fuse ─┐        chunks of images: memory does not grow with a video's length
+    prompt ids ─────────────────────┴─ place ─ prefill ─ decode … decode        rows of a batch
 
 Every shape is rounded up to a bucket, so the number of compiled programs is bounded whatever is asked.
 Axis letters: B rows, N images of a chunk, P tiles, H,W pixels, T decoder positions, I instruction tokens, M new tokens,
@@ -25,7 +25,7 @@ from lmm_jax.config import ModelConfig
 from lmm_jax.data.layout import Layout, Row, check_row, decoder_length, fused_length, lay_out
 from lmm_jax.errors import UserError
 from lmm_jax.inference.buckets import length_bucket, power_of_two
-from lmm_jax.inference.images import Accumulator, ImageSide, Medium, count_images
+from lmm_jax.inference.images import ImageSide, Medium, count_images
 from lmm_jax.inference.sampling import Sampler, Sampling, sample
 from lmm_jax.models.llama import KV, empty_cache
 from lmm_jax.models.llava_mini import LlavaMini
@@ -100,7 +100,8 @@ class Engine:
         self._model = LlavaMini(config, dtype, attention)
         self._multiple = sharding.batch_multiple(mesh)
         self.images = ImageSide(self._model, self._multiple, prefix_cache_bytes)
-        self._place = jax.jit(self._place_tokens)
+        self._place_text = jax.jit(self._place_mean)
+        self._place_vision = jax.jit(lambda *args: self._apply({}, "place_vision", *args))
         self._prefill = jax.jit(self._prefill_rows, static_argnames="room")
         self._decode = jax.jit(self._decode_steps, donate_argnums=1)
         self._all_logits = jax.jit(lambda params, x: self._apply(params, "decode", x)[0])
@@ -127,7 +128,7 @@ class Engine:
         stop = np.array(stop_ids, np.int32)
         state, seen, steps = self._start([request], stop), 0, 1
         while True:
-            tokens, count, done = np.asarray(state.tokens[0]), int(state.count[0]), bool(state.done[0])
+            tokens, count, done = (np.asarray(x)[0] for x in (state.tokens, state.count, state.done))
             yield from tokens[seen:count].tolist()
             if done:
                 return
@@ -161,12 +162,13 @@ class Engine:
         fused = length_bucket(longest) if longest else 1
         first = lay_out(rows, self.config, fused=fused, batch=batch)
         with jax.set_mesh(self.mesh):
-            state, counts = self.images.take(self.params, first, media)
+            total, tokens, counts = self.images.take(self.params, first, media)
             rows = [dataclasses.replace(r, images=tuple(c)) for r, c in zip(rows, counts)]
             length = length_bucket(max(decoder_length(r, self.config) for r in rows))
             layout = lay_out(rows, self.config, length=length, fused=fused, batch=batch)
             images = np.bincount(layout.image_rows, minlength=batch).astype(np.float32)
-            return self._place(self.params, layout.ids, state, images, layout.fused_index, layout.vision_index), layout
+            x = self._place_text(self.params, layout.ids, total, images, layout.fused_index)
+            return (x if tokens is None else self._place_vision(x, tokens, layout.vision_index)), layout
 
     # ---- host side of the programs --------------------------------------------------------------------------------
 
@@ -215,19 +217,11 @@ class Engine:
     def _apply(self, params: Any, method: str, *args: Any, **kwargs: Any) -> Any:
         return self._model.apply({"params": params}, *args, method=method, **kwargs)
 
-    def _place_tokens(
-        self,
-        params: Any,
-        ids: jax.Array,
-        state: Accumulator | None,
-        images: jax.Array,
-        fused_index: jax.Array,
-        vision_index: jax.Array,
+    def _place_mean(
+        self, params: Any, ids: jax.Array, total: jax.Array | None, images: jax.Array, fused_index: jax.Array
     ) -> jax.Array:
-        if state is None:
-            return self._apply(params, "embed", ids)
-        fused = None if state.text is None else state.text / jnp.maximum(images, 1)[:, None, None]
-        return self._apply(params, "place_tokens", ids, fused, state.tokens, fused_index, vision_index)
+        fused = None if total is None else total / jnp.maximum(images, 1)[:, None, None]
+        return self._apply(params, "place_text", ids, fused, fused_index)
 
     def _prefill_rows(
         self, params: Any, x: jax.Array, lengths: jax.Array, limits: jax.Array, sampler: Sampler, stop: jax.Array, *, room: int

@@ -14,10 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 from lmm_jax.data.layout import Layout
-from lmm_jax.inference.buckets import image_bucket, power_of_two
+from lmm_jax.inference.buckets import power_of_two
 from lmm_jax.inference.prefix_cache import PrefixCache
 from lmm_jax.models.llava_mini import ImagePrefix, LlavaMini
 from lmm_jax.sharding import constrain
@@ -32,14 +31,6 @@ float32."""
 def count_images(medium: Medium) -> int:
     """1, or the number of frames a video promises."""
     return 1 if isinstance(medium, np.ndarray) else len(medium)
-
-
-@struct.dataclass
-class Accumulator:
-    """What is kept of images that went by: sum of fused text (B,I,D) float32, or None; vision tokens (room,V,D)."""
-
-    text: jax.Array | None
-    tokens: jax.Array
 
 
 class ImageSide:
@@ -57,49 +48,51 @@ class ImageSide:
         self._chunk = multiple * max(1, CHUNK // multiple)
         self.prefixes = PrefixCache(cache_bytes)
         self._encode = jax.jit(lambda params, pixels: model.apply({"params": params}, pixels, method="encode_image"))
-        self._fuse = jax.jit(self._fuse_text)
-        self._empty = jax.jit(self._empty_accumulator, static_argnums=0, static_argnames="room")
-        self._accumulate = jax.jit(_accumulate, donate_argnums=0)
+        self._fuse = jax.jit(self._add_fused_text, donate_argnums=1)
+        self._put = jax.jit(_put_tokens, donate_argnums=0)
+        self._zeros = jax.jit(_zeros, static_argnums=(0, 1, 2))
         self._split = jax.jit(_split_prefix)
         self._join = jax.jit(_join_prefixes)
 
     def take(
         self, params: Any, layout: Layout, media: Sequence[Sequence[Medium]]
-    ) -> tuple[Accumulator | None, list[list[int]]]:
-        """Encodes and fuses all images, chunk by chunk -> what `place` needs, and the real number of images per medium."""
+    ) -> tuple[jax.Array | None, jax.Array | None, list[list[int]]]:
+        """Encodes and fuses all images, chunk by chunk.
+
+        Returns:
+          Sum of each row's fused texts (B,I,D) float32, None without pre-fusion layers; vision tokens of all images in order
+          (room for N,V,D); the real number of images of each medium. The first two are None where there are no images.
+        """
         counts = [[0] * len(m) for m in media]
         planned = len(layout.image_rows)
         if not planned:
-            return None, counts
-        m = self._multiple
-        room = m * image_bucket(-(-planned // m), self._chunk // m)
-        size = min(room, self._chunk)
-        state = self._empty(layout.fused_ids.shape, room=room)
+            return None, None, counts
+        c, m = self._config, self._multiple
+        size = min(self._chunk, m * power_of_two(-(-planned // m)))
+        room = self._chunk * power_of_two(-(-planned // self._chunk))  # of a buffer: only real chunks cost arithmetic
+        tokens = self._zeros((room, c.tokens_per_image, c.decoder.hidden_size), self._model.dtype, None)
+        total = None
+        if c.prefusion_layers:
+            total = self._zeros((*layout.fused_ids.shape, c.decoder.hidden_size), jnp.float32, "batch")
         in_flight: collections.deque[jax.Array] = collections.deque()
         fits = self.prefixes.max_bytes // self._prefix_bytes()
         for number, chunk in enumerate(_chunks(_flow(media, counts, fits), size)):
             rows = np.full(size, len(layout.ids), np.int32)  # past the last row: dropped
             rows[: len(chunk)] = [item.row for item in chunk]
             prefix = self._prefix(params, chunk, size)
-            text = None
-            if self._config.prefusion_layers:
+            if c.prefusion_layers:
                 ids = layout.fused_ids[np.minimum(rows, len(layout.ids) - 1)]
-                text = self._fuse(params, ids, prefix)
-            state = self._accumulate(state, text, prefix.tokens, rows, np.int32(number * size))
+                total = self._fuse(params, total, ids, rows, prefix)
+            tokens = self._put(tokens, prefix.tokens, np.int32(number * size))
             in_flight.append(prefix.tokens)
             if len(in_flight) > 2:  # do not run ahead of the device: pixels of a whole video would pile up
                 in_flight.popleft().block_until_ready()
-        return state, counts
+        return total, tokens, counts
 
     def _prefix_bytes(self) -> int:
         c, d = self._config, self._config.decoder
         keys_and_values = 2 * c.prefusion_layers * c.prefix_length * d.num_kv_heads * d.head_dim
         return (keys_and_values + c.tokens_per_image * d.hidden_size) * jnp.dtype(self._model.dtype).itemsize
-
-    def _empty_accumulator(self, fused_shape: tuple[int, int], room: int) -> Accumulator:
-        width, v = self._config.decoder.hidden_size, self._config.tokens_per_image
-        text = jnp.zeros((*fused_shape, width), jnp.float32) if self._config.prefusion_layers else None
-        return _spread(Accumulator(text, jnp.zeros((room, v, width), self._model.dtype)))
 
     def _prefix(self, params: Any, chunk: list[_Item], size: int) -> ImagePrefix:
         """Prefixes of a chunk's images, padded to `size`; single images come from the cache or go there."""
@@ -124,22 +117,23 @@ class ImageSide:
         parts = [known[k or n] for n, k in enumerate(keys)]
         return parts[0] if size == 1 else self._join(parts + [parts[-1]] * (size - len(parts)))
 
-    def _fuse_text(self, params: Any, ids: jax.Array, prefix: ImagePrefix) -> jax.Array:
+    def _add_fused_text(
+        self, params: Any, total: jax.Array, ids: jax.Array, rows: jax.Array, prefix: ImagePrefix
+    ) -> jax.Array:
+        """Fuses ids (N,I) with N images and adds the results to total (B,I,D) at rows (N,)."""
         text = self._model.apply({"params": params}, ids, method="embed")
-        return self._model.apply({"params": params}, text, prefix, method="fuse_text").astype(jnp.float32)
+        fused = self._model.apply({"params": params}, text, prefix, method="fuse_text")
+        return constrain(total.at[rows].add(fused.astype(jnp.float32), mode="drop"), "batch", None, None)
 
 
-def _accumulate(state: Accumulator, text: jax.Array | None, tokens: jax.Array, rows: jax.Array, at: jax.Array) -> Accumulator:
-    """Adds fused text (N,I,D) to its rows (N,) and writes vision tokens (N,V,D) from image number `at` on."""
-    total = state.text if text is None else state.text.at[rows].add(text, mode="drop")
+def _zeros(shape: tuple[int, int, int], dtype: Any, axis: str | None) -> jax.Array:
+    return constrain(jnp.zeros(shape, dtype), axis, None, None)
+
+
+def _put_tokens(tokens: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
+    """Writes vision tokens (N,V,D) from image number `at` on; on every device, since any row may want any of them."""
     start = (at, jnp.int32(0), jnp.int32(0))
-    return _spread(Accumulator(total, jax.lax.dynamic_update_slice(state.tokens, tokens.astype(state.tokens.dtype), start)))
-
-
-def _spread(state: Accumulator) -> Accumulator:
-    """Text rows over the batch axes, vision tokens everywhere, since any row may want any of them."""
-    text = None if state.text is None else constrain(state.text, "batch", None, None)
-    return Accumulator(text, constrain(state.tokens, None, None, None))
+    return constrain(jax.lax.dynamic_update_slice(tokens, new.astype(tokens.dtype), start), None, None, None)
 
 
 def _image_axis(path: tuple) -> int:

@@ -1,9 +1,9 @@
 """LLaVA-Mini: composition of the parts, no arithmetic of its own (paper figure 6, spec sections 4-6).
 
     pixels ── encode_image ──► ImagePrefix ─┐
-                                            ├─ fuse_text ──► fused text ─┐
-    instruction ids ── embed ───────────────┘                            ├─ place_tokens ── decode ──► logits
-    ImagePrefix.tokens ──────────────────────────────────────────────────┘
+                                            ├─ fuse_text ──► fused text ── place_text ─┐
+    instruction ids ── embed ───────────────┘                                          ├─ place_vision ── decode ──► logits
+    ImagePrefix.tokens ────────────────────────────────────────────────────────────────┘
 
 The image side never depends on the question, so an ImagePrefix serves every question about its image. Without compressor
 and pre-fusion layers the same composition is LLaVA-v1.5: all projected features are tokens, and text is not fused.
@@ -130,27 +130,36 @@ class LlavaMini(nn.Module):
         text = constrain(jax.lax.stop_gradient(text), "batch", None, None)
         return prefusion.fuse_text(self.prefusion_layers, text, prefix.layers, self.config.decoder, self.attention)
 
-    def place_tokens(
-        self, ids: jax.Array, fused: jax.Array, tokens: jax.Array, fused_index: jax.Array, vision_index: jax.Array
-    ) -> jax.Array:
-        """The decoder's input: plain embeddings, fused text and vision tokens in their places (spec section 5).
+    def place_text(self, ids: jax.Array, fused: jax.Array | None, fused_index: jax.Array) -> jax.Array:
+        """The decoder's input but for its vision tokens (spec section 5).
 
         Args:
-          ids: (B,T) int32, what stands at each position where neither of the others does.
-          fused: (B,I,D), mean over each row's images.
-          tokens: (N,V,D).
+          ids: (B,T) int32, what stands at each position that is not fused.
+          fused: (B,I,D), mean over each row's images; None where no row has an image, and without pre-fusion layers.
           fused_index: (B,T) int32 into I, −1 where not fused.
-          vision_index: (B,T) int32 into the flattened (N·V), −1 where no vision token.
 
         Returns:
           (B,T,D).
         """
         x = self.embed(ids)
-        if self.config.prefusion_layers:
+        if fused is not None:
             with_image = (fused_index >= 0).any(axis=1)[:, None, None]
             x = jnp.where(with_image, jax.lax.stop_gradient(x), x)
             at = jnp.maximum(fused_index, 0)[..., None]
             x = jnp.where(fused_index[..., None] >= 0, jnp.take_along_axis(fused.astype(x.dtype), at, axis=1), x)
+        return constrain(x, "batch", None, None)
+
+    def place_vision(self, x: jax.Array, tokens: jax.Array, vision_index: jax.Array) -> jax.Array:
+        """Puts vision tokens in their places (spec section 5).
+
+        Args:
+          x: (B,T,D), from `place_text`.
+          tokens: (N,V,D).
+          vision_index: (B,T) int32 into the flattened (N·V), −1 where no vision token.
+
+        Returns:
+          (B,T,D).
+        """
         flat = rearrange(tokens, "n v d -> (n v) d")
         x = jnp.where(vision_index[..., None] >= 0, flat[jnp.maximum(vision_index, 0)].astype(x.dtype), x)
         return constrain(x, "batch", None, None)
