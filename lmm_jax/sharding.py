@@ -33,6 +33,7 @@ MESH_RULES: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "table": ("fsdp", "tensor"),  # width of small tables that are looked up once per picture
     "small": (),  # a few KB, read in every layer: replicated
+    "rank": (),  # of adapters (LoRA)
 }
 
 # Regular expression over the path of a leaf ("stack" and "last" left out) -> logical axes of the leaf.
@@ -44,6 +45,14 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"(layers|prefusion_layers)/self_attn/o_proj/kernel", ("heads", "head_dim", "embed")),
     (r"(layers|prefusion_layers)/mlp/(gate|up)_proj/kernel", ("embed", "mlp")),
     (r"(layers|prefusion_layers)/mlp/down_proj/kernel", ("mlp", "embed")),
+    (r"(layers|prefusion_layers)/(self_attn/[qkv]|mlp/(gate|up))_proj/lora_a", ("embed", "rank")),
+    (r"(layers|prefusion_layers)/self_attn/q_proj/lora_b", ("rank", "heads", "head_dim")),
+    (r"(layers|prefusion_layers)/self_attn/[kv]_proj/lora_b", ("rank", "kv_heads", "head_dim")),
+    (r"(layers|prefusion_layers)/self_attn/o_proj/lora_a", ("heads", "head_dim", "rank")),
+    (r"(layers|prefusion_layers)/mlp/(gate|up)_proj/lora_b", ("rank", "mlp")),
+    (r"(layers|prefusion_layers)/mlp/down_proj/lora_a", ("mlp", "rank")),
+    (r"(layers|prefusion_layers)/(self_attn/o|mlp/down)_proj/lora_b", ("rank", "embed")),
+    (r"(layers|prefusion_layers)/(self_attn|mlp)/\w+_proj/lora_scale", ()),
     (r"((layers|prefusion_layers)/\w+_layernorm|norm)/scale", ("small",)),
     (r"mm_projector/linear_1/kernel", ("embed", "mlp")),
     (r"mm_projector/linear_1/bias", ("mlp",)),

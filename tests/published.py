@@ -4,6 +4,7 @@ import functools
 
 import jax
 import numpy as np
+from einops import rearrange
 from support import relative_error
 
 from conversion.names import table
@@ -53,7 +54,7 @@ def decoder_input(model, params, layout, arrays):
         count = np.bincount(layout.image_rows, minlength=len(layout.ids))[:, None, None]
         fused = jax.ops.segment_sum(each, layout.image_rows, len(layout.ids)) / count
     x = call("place_text", layout.ids, fused, layout.fused_index)
-    x = call("place_vision", x, prefix.tokens, layout.vision_index)
+    x = call("place_vision", x, rearrange(prefix.tokens, "n v d -> 1 (n v) d"), layout.vision_index)
     return prefix, fused, x
 
 

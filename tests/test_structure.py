@@ -25,6 +25,18 @@ ROOMS = {
     "lmm_jax.cli": {"lmm_jax", "lmm_jax.errors", "lmm_jax.config", "lmm_jax.data", "lmm_jax.inference"},
     "lmm_jax.__main__": {"lmm_jax.cli"},
     "lmm_jax": {"lmm_jax.inference"},
+    "lmm_jax.demo": {"lmm_jax.errors", "lmm_jax.config", "lmm_jax.data"},
+    "lmm_jax.demo.__main__": {"lmm_jax.demo", "lmm_jax.errors", "lmm_jax.cli"},
+    "train": {
+        "lmm_jax.errors",
+        "lmm_jax.config",
+        "lmm_jax.sharding",
+        "lmm_jax.data",
+        "lmm_jax.models",
+        "lmm_jax.checkpoint",
+        "lmm_jax.inference",
+        "lmm_jax.cli",
+    },
     "conversion": {"lmm_jax.errors", "lmm_jax.config", "lmm_jax.checkpoint", "lmm_jax.data", "lmm_jax.cli"},
 }
 FILES = sorted(p for folder in ("lmm_jax", "conversion", "train") for p in (ROOT / folder).rglob("*.py"))

@@ -138,6 +138,23 @@ def stream_frames(
     return FrameStream(_counted(frames, index.path, len(wanted)), len(wanted))
 
 
+def take_frames(path: str | os.PathLike, *, size: int, frames: int) -> np.ndarray:
+    """Exactly so many frames of a whole video, by the published rule, upright and squashed to size x size (spec section 6).
+
+    Returns:
+      uint8 (F, H, W, 3), in order; of a video with fewer frames some come more than once.
+
+    Raises:
+      UserError: as `stream_frames`; also when the video is cut short or a chosen frame cannot be decoded.
+    """
+    index = _scan(existing_file(path, "video"), strict=True)
+    wanted = frame_indices(len(index.times), frames)
+    taken = list(_squashed(_decode(index, wanted, threading.Event()), size, upright=True))
+    if len(taken) < len(wanted):
+        raise UserError(f"{index.path} is damaged: {len(wanted) - len(taken)} of {len(wanted)} frames could not be decoded.")
+    return np.stack(taken)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Index:
     """When the frames of a file are shown."""
@@ -235,8 +252,8 @@ def _frames(packet: Packet) -> list[VideoFrame]:
         return []
 
 
-def _scan(path: str) -> _Index:
-    """Reads all packets of a video without decoding them."""
+def _scan(path: str, strict: bool = False) -> _Index:
+    """Reads all packets of a video without decoding them. That it is cut short is an error when `strict`, else a warning."""
     with _opened(path) as (container, stream):
         shown = (p for p in _packets(container, stream) if _is_shown(p, stream.codec_context.name))
         table = np.fromiter(((_NO_TIME if p.pts is None else p.pts, p.duration or 0, p.is_keyframe) for p in shown), "i8,i8,?")
@@ -247,6 +264,8 @@ def _scan(path: str) -> _Index:
     index = _by_time(path, table, time_base, rate) or _by_count(path, rate)
     if index.seconds < promised - max(1, promised / 20):
         message = f"{path} seems cut short: it says {float(promised):.1f} s, its pictures last {float(index.seconds):.1f} s"
+        if strict:
+            raise UserError(message)
         warnings.warn(message, stacklevel=3)
     return index
 

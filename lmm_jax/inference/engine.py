@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import struct
 from jax.sharding import Mesh
 
@@ -101,7 +102,9 @@ class Engine:
         self._multiple = sharding.batch_multiple(mesh)
         self.images = ImageSide(self._model, self._multiple, prefix_cache_bytes)
         self._place_text = jax.jit(self._place_mean)
-        self._place_vision = jax.jit(lambda *args: self._apply({}, "place_vision", *args))
+        self._place_vision = jax.jit(
+            lambda x, tokens, index: self._apply({}, "place_vision", x, rearrange(tokens, "n v d -> 1 (n v) d"), index)
+        )
         self._prefill = jax.jit(self._prefill_rows, static_argnames="room")
         self._decode = jax.jit(self._decode_steps, donate_argnums=1)
         self._all_logits = jax.jit(lambda params, x: self._apply(params, "decode", x)[0])
@@ -223,12 +226,16 @@ class Engine:
         fused = None if total is None else total / jnp.maximum(images, 1)[:, None, None]
         return self._apply(params, "place_text", ids, fused, fused_index)
 
+    def _place_shared(self, x: jax.Array, tokens: jax.Array, vision_index: jax.Array) -> jax.Array:
+        """`place_vision` of tokens (N,V,D) that any row may want; vision_index (B,T) into N·V."""
+        return self._apply({}, "place_vision", x, rearrange(tokens, "n v d -> 1 (n v) d"), vision_index)
+
     def _prefill_rows(
         self, params: Any, x: jax.Array, lengths: jax.Array, limits: jax.Array, sampler: Sampler, stop: jax.Array, *, room: int
     ) -> DecodeState:
         batch, length = x.shape[:2]
         cache = empty_cache(self.config.decoder, batch, length + room, self._model.dtype)
-        logits, cache = self._apply(params, "decode", x, cache=cache, last=lengths - 1)
+        logits, cache = self._apply(params, "decode", x, cache=cache, queries=(lengths - 1)[:, None])
         count = jnp.zeros(batch, jnp.int32)
         token = sample(logits[:, 0], sampler, count)
         tokens = jnp.zeros((batch, room), jnp.int32).at[:, 0].set(token)

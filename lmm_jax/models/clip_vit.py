@@ -13,7 +13,7 @@ from flax import linen as nn
 from lmm_jax.config import VisionConfig
 from lmm_jax.data.image import NORMALIZATION_TABLE
 from lmm_jax.models.attention import attend
-from lmm_jax.models.layers import Embed, LayerNorm, Proj
+from lmm_jax.models.layers import Embed, LayerNorm, Proj, rematerialised
 from lmm_jax.sharding import constrain
 
 
@@ -88,12 +88,12 @@ class Layers(nn.Module):
 
     config: VisionConfig
     implementation: str
+    remat: str
 
     def setup(self) -> None:
         """Declares the scanned blocks."""
-        scanned = nn.scan(
-            EncoderLayer, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.config.num_layers - 1
-        )
+        layer = rematerialised(EncoderLayer, self.remat)
+        scanned = nn.scan(layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.config.num_layers - 1)
         self.stack = scanned(self.config, self.implementation)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -128,12 +128,13 @@ class VisionTower(nn.Module):
 
     config: VisionConfig
     implementation: str
+    remat: str = "none"
 
     def setup(self) -> None:
         """Declares the sub-modules under their Hugging Face names."""
         self.embeddings = Embeddings(self.config)
         self.pre_layrnorm = LayerNorm(self.config.layer_norm_eps)
-        self.layers = Layers(self.config, self.implementation)
+        self.layers = Layers(self.config, self.implementation, self.remat)
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
         """Normalised pixels (M,H,W,3) -> features (M,G²,Dv): hidden state number −2 without the class token."""

@@ -15,11 +15,22 @@ from flax import linen as nn
 
 from lmm_jax.config import RopeScaling
 
+REMAT = ("none", "full", "dots")  # a backward pass finds all of a layer; its input only; its input and matrix products
+
+
+def rematerialised(layer: type[nn.Module], remat: str) -> type[nn.Module]:
+    """A layer whose backward pass computes again what `remat`, one of REMAT, does not keep."""
+    if remat == "none":
+        return layer
+    policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+    return nn.remat(layer, policy=policies[remat], prevent_cse=False)
+
 
 class Proj(nn.Module):
     """y[…, out] = x[…, in] · kernel[in, out] (+ bias[out]); `in` and `out` may each be several axes.
 
-    Every weight matrix of the model is one of these, so this is where quantised weights and LoRA belong.
+    Every weight matrix of the model is one of these, so this is where quantised weights belong. Where the parameters hold
+    `lora_a` (in, r), `lora_b` (r, out) and `lora_scale` (), the kernel is kernel + lora_scale · lora_a · lora_b.
 
     Attributes:
       inputs: sizes of the contracted axes, the last ones of x.
@@ -36,10 +47,13 @@ class Proj(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (…, *inputs) -> (…, *outputs), in the dtype of x, or float32."""
-        init = nn.initializers.normal(0.02)
+        init = nn.initializers.normal(math.prod(self.inputs) ** -0.5)
         kernel = self.param("kernel", init, (*self.inputs, *self.outputs), jnp.float32)
         dtype = jnp.float32 if self.float32 else None
         y = jnp.tensordot(x, kernel.astype(x.dtype), axes=len(self.inputs), preferred_element_type=dtype)
+        if self.has_variable("params", "lora_a"):
+            a, b, scale = (self.get_variable("params", f"lora_{part}").astype(x.dtype) for part in ("a", "b", "scale"))
+            y += jnp.tensordot(jnp.tensordot(x, a, axes=len(self.inputs)) * scale, b, axes=1, preferred_element_type=dtype)
         if self.bias:
             y += self.param("bias", nn.initializers.zeros, self.outputs, jnp.float32).astype(x.dtype)
         return y

@@ -140,19 +140,21 @@ class LayerStack(nn.Module):
 
     config: DecoderConfig
     length: int
+    remat: str = "none"
 
     def setup(self) -> None:
         """Declares the layers."""
+        layer = layers.rematerialised(DecoderLayer, self.remat)
         if self.length > 1:
             scanned = nn.scan(
-                DecoderLayer,
+                layer,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast),
                 length=self.length - 1,
             )
             self.stack = scanned(self.config)
-        self.last = DecoderLayer(self.config)
+        self.last = layer(self.config)
 
     def __call__(
         self, x: jax.Array, step: Step, *, prefix: dict[str, KV] | None = None, cache: dict[str, KV] | None = None

@@ -53,23 +53,25 @@ class LlavaMini(nn.Module):
       config: sizes.
       dtype: in which arithmetic runs; parameters are cast to it where they are used.
       attention: kernel, one of `attention.IMPLEMENTATIONS`.
+      remat: what a backward pass computes again, one of `layers.REMAT`.
     """
 
     config: ModelConfig
     dtype: Any = jnp.float32
     attention: str = "auto"
+    remat: str = "none"
 
     def setup(self) -> None:
         """Declares the parts under their Hugging Face names."""
         c = self.config
-        self.vision_tower = clip_vit.VisionTower(c.vision, self.attention)
+        self.vision_tower = clip_vit.VisionTower(c.vision, self.attention, self.remat)
         self.mm_projector = Projector(c.vision.hidden_size, c.decoder.hidden_size)
         if c.compressor:
             self.compressor = Compressor(c.compressor, c.vision.hidden_size)
         if c.prefusion_layers:
-            self.prefusion_layers = LayerStack(c.decoder, c.prefusion_layers)
+            self.prefusion_layers = LayerStack(c.decoder, c.prefusion_layers, self.remat)
         self.embed_tokens = layers.Embed(c.decoder.vocab_size, c.decoder.hidden_size)
-        self.layers = LayerStack(c.decoder, c.decoder.num_layers)
+        self.layers = LayerStack(c.decoder, c.decoder.num_layers, self.remat)
         self.norm = layers.RMSNorm(c.decoder.rms_norm_eps)
         if not c.decoder.tie_word_embeddings:
             self.lm_head = layers.Proj((c.decoder.hidden_size,), (c.decoder.vocab_size,), float32=True)
@@ -154,15 +156,18 @@ class LlavaMini(nn.Module):
 
         Args:
           x: (B,T,D), from `place_text`.
-          tokens: (N,V,D).
-          vision_index: (B,T) int32 into the flattened (N·V), −1 where no vision token.
+          tokens: (B,M,D), each row's own, or (1,M,D), those of all rows.
+          vision_index: (B,T) int32 into M, −1 where no vision token.
 
         Returns:
           (B,T,D).
         """
-        flat = rearrange(tokens, "n v d -> (n v) d")
-        x = jnp.where(vision_index[..., None] >= 0, flat[jnp.maximum(vision_index, 0)].astype(x.dtype), x)
-        return constrain(x, "batch", None, None)
+        at = jnp.maximum(vision_index, 0)[..., None]
+        if tokens.shape[0] == 1:
+            found = tokens[0][at[..., 0]]
+        else:
+            found = jnp.take_along_axis(tokens, at, axis=1)
+        return constrain(jnp.where(vision_index[..., None] >= 0, found.astype(x.dtype), x), "batch", None, None)
 
     # ---- the decoder ----------------------------------------------------------------------------------------------
 
@@ -172,27 +177,39 @@ class LlavaMini(nn.Module):
         *,
         cache: dict[str, KV] | None = None,
         write_at: jax.Array | None = None,
-        last: jax.Array | None = None,
+        queries: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, KV] | None]:
-        """Decoder layers, final norm and head.
+        """Decoder layers, final norm and head: `logits` of what `hidden` gives."""
+        x, cache = self.hidden(x, cache=cache, write_at=write_at, queries=queries)
+        return self.logits(x), cache
+
+    def hidden(
+        self,
+        x: jax.Array,
+        *,
+        cache: dict[str, KV] | None = None,
+        write_at: jax.Array | None = None,
+        queries: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, KV] | None]:
+        """Decoder layers and final norm.
 
         Args:
           x: (B,T,D), each row padded right; or (B,1,D) in a decode step.
           cache: keys and values to fill, see `llama.empty_cache`.
           write_at: (B,) int32, in a decode step the position of the new token.
-          last: (B,) int32, the one position of each row whose logits are wanted; None for all.
+          queries: (B,Q) int32, ascending: the positions of each row that are wanted; None for all.
 
         Returns:
-          logits (B,T,vocab) or (B,1,vocab), float32; the cache.
+          (B,T,D) or (B,Q,D); the cache.
         """
         d = self.config.decoder
         positions = jnp.arange(x.shape[1]) if write_at is None else write_at[:, None]
         rope = layers.rotary_table(positions, layers.rotary_frequencies(d.head_dim, d.rope_theta, d.rope_scaling))
-        queries = None if last is None else last[:, None]
         x, _, cache = self.layers(x, Step(rope, write_at, queries, implementation=self.attention), cache=cache)
-        return self._logits(self.norm(x)), cache
+        return self.norm(x), cache
 
-    def _logits(self, x: jax.Array) -> jax.Array:
+    def logits(self, x: jax.Array) -> jax.Array:
+        """x (B,T,D), from `hidden` -> (B,T,vocab) float32."""
         if self.config.decoder.tie_word_embeddings:
             y = jnp.einsum("btd,vd->btv", x, self.embed_tokens().astype(x.dtype), preferred_element_type=jnp.float32)
         else:
@@ -222,13 +239,23 @@ def abstract_params(config: ModelConfig, mesh: Mesh, dtype: Any = None) -> Any:
 
 def init_params(config: ModelConfig, mesh: Mesh, seed: int = 0, dtype: Any = None) -> Any:
     """Random parameters, each device making its own shards only."""
-    abstract = abstract_params(config, mesh, dtype)
-    shardings = jax.tree.map(lambda s: s.sharding, abstract)
+    return init_parts(config, abstract_params(config, mesh, dtype), seed)
+
+
+def init_parts(config: ModelConfig, abstract: Any, seed: int) -> Any:
+    """Random parameters for some of the top-level modules, the same as `init_params` gives them.
+
+    Args:
+      config: sizes.
+      abstract: module name -> ShapeDtypeStructs with shardings, a part of `abstract_params` or all of it.
+      seed: of all parameters.
+    """
 
     def make(key: jax.Array) -> Any:
-        return jax.tree.map(lambda p, s: p.astype(s.dtype), _init(config, key), abstract)
+        params = _init(config, key)
+        return jax.tree.map(lambda s, p: p.astype(s.dtype), abstract, {name: params[name] for name in abstract})
 
-    return jax.jit(make, out_shardings=shardings)(jax.random.key(seed))
+    return jax.jit(make, out_shardings=jax.tree.map(lambda s: s.sharding, abstract))(jax.random.key(seed))
 
 
 def _init(config: ModelConfig, key: jax.Array) -> Any:

@@ -12,7 +12,7 @@ import pytest
 
 from lmm_jax.data import video
 from lmm_jax.data.image import squash
-from lmm_jax.data.video import frame_count, frame_indices, stream_frames
+from lmm_jax.data.video import frame_count, frame_indices, stream_frames, take_frames
 from lmm_jax.errors import UserError
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "preprocessing"
@@ -316,6 +316,22 @@ def test_damaged_frames_are_left_out_and_counted(clip, tmp_path):
         numbers = [number_of(frame) for frame in stream]
     assert 3 <= len(numbers) < 20 == len(stream)
     assert numbers[:3] == frame_indices(100, 20)[:3].tolist()
+
+
+@pytest.mark.parametrize("total, wanted", [(100, 8), (100, 1), (100, 100), (9, 8), (5, 8), (1, 3)])
+def test_exactly_so_many_frames(total, wanted, tmp_path):
+    frames = take_frames(make_clip(tmp_path / "clip.mp4", total, options=REORDERED), size=192, frames=wanted)
+    assert frames.shape == (wanted, 192, 192, 3) and frames.dtype == np.uint8
+    assert [number_of(frame) for frame in frames] == frame_indices(total, wanted).tolist()
+
+
+def test_exactly_so_many_frames_or_none(clip, tmp_path):
+    with pytest.raises(UserError, match=r"damaged.mp4 is damaged: \d of 8 frames could not be decoded"):
+        take_frames(overwrite(tmp_path / "damaged.mp4", clip, 0.4, 0.9), size=56, frames=8)
+    fast = make_clip(tmp_path / "fast.mp4", options=REORDERED, container_options={"movflags": "faststart"}).read_bytes()
+    (tmp_path / "half.mp4").write_bytes(fast[: len(fast) * 6 // 10])
+    with pytest.raises(UserError, match="half.mp4 seems cut short: it says 4.0 s"):
+        take_frames(tmp_path / "half.mp4", size=56, frames=8)
 
 
 def test_no_frame_can_be_decoded(clip, tmp_path):

@@ -244,7 +244,7 @@ def test_a_model_runs_with_a_kernel_that_cannot_do_everything():
         x = jnp.concatenate([prefix.tokens, text], axis=1)
         last = jnp.array([x.shape[1] - 1])
         cache = empty_cache(config.decoder, 1, x.shape[1] + 1, jnp.float32)
-        prompt, cache = call(x, cache=cache, last=last, method="decode")
+        prompt, cache = call(x, cache=cache, queries=last[:, None], method="decode")
         return prompt, call(x[:, :1], cache=cache, write_at=last + 1, method="decode")[0]
 
     for got, expected in zip(run(params, "splash_interpret"), run(params, "plain")):

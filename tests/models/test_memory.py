@@ -54,7 +54,7 @@ def prefill(length: int) -> int:
 
     def program(params, x, last):
         cache = empty_cache(config.decoder, 1, length + 64, jnp.float32)
-        return model.apply({"params": params}, x, cache=cache, last=last, method="decode")
+        return model.apply({"params": params}, x, cache=cache, queries=last[:, None], method="decode")
 
     x = jax.ShapeDtypeStruct((1, length, config.decoder.hidden_size), jnp.float32)
     return temporaries(program, abstract_params(config, make_mesh()), x, jax.ShapeDtypeStruct((1,), jnp.int32))

@@ -1,0 +1,1 @@
+"""Training: two stages, from conversations to a model that answers."""

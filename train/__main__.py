@@ -1,0 +1,121 @@
+"""``python -m train CONFIG [--field value …]``; also ``inspect-data CONFIG`` and ``export CONFIG``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lmm_jax.cli import run_command
+from lmm_jax.errors import UserError
+from train.config import TrainConfig
+
+USAGE = """\
+usage: python -m train CONFIG [--field value ...]        train, or go on with, a run
+       python -m train inspect-data CONFIG [...]         what a run would read, without loading a model
+       python -m train export CONFIG [...]               write the model folder of a run's last checkpoint
+       python -m train CONFIG --help                     all fields of a configuration
+
+CONFIG is a Python file with a function get_config() -> train.config.TrainConfig, as those in configs/.
+The same command again goes on with a run that was stopped. On several machines start one process on each;
+LMM_COORDINATOR=host:port, LMM_PROCESSES=n and LMM_PROCESS=i say who is who, where the cluster (a TPU pod, SLURM)
+does not: LMM_COORDINATOR=auto then asks it."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0, 1 where training diverged, 2 for bad input, 130 and 143 when stopped."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if words else 2
+    command = words.pop(0) if words[0] in ("inspect-data", "export") else "train"
+    status = 0
+
+    def run() -> None:
+        nonlocal status
+        if not words:
+            raise UserError(f"{command} needs a configuration, as configs/stage1_vicuna_7b.py")
+        status = _COMMANDS[command](words)
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("train").setLevel(logging.INFO)
+    return run_command(run) or status
+
+
+def _config(words: Sequence[str]) -> TrainConfig:
+    import tyro
+
+    file = Path(words[0])
+    if not file.is_file():
+        raise UserError(f"there is no configuration {file}: give a Python file, as configs/stage1_vicuna_7b.py")
+    sys.path.insert(0, str(file.resolve().parent.parent))  # configs import their neighbours as configs.…
+    try:
+        made = runpy.run_path(str(file))["get_config"]()
+    except KeyError as error:
+        raise UserError(f"{file} has no function get_config()") from error
+    except (SyntaxError, ImportError, TypeError, NameError) as error:
+        raise UserError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
+    return tyro.cli(
+        TrainConfig,
+        default=made,
+        args=list(words[1:]),
+        prog=f"python -m train {file}",
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+
+
+def _join_processes() -> None:
+    """Makes the processes of a cluster one program; must come before any use of a device."""
+    import jax
+
+    address = os.environ.get("LMM_COORDINATOR")
+    if address == "auto":
+        jax.distributed.initialize()
+    elif address:
+        try:
+            count, own = int(os.environ["LMM_PROCESSES"]), int(os.environ["LMM_PROCESS"])
+        except (KeyError, ValueError) as error:
+            raise UserError("LMM_COORDINATOR=host:port also needs LMM_PROCESSES and LMM_PROCESS, two numbers") from error
+        jax.distributed.initialize(coordinator_address=address, num_processes=count, process_id=own)
+
+
+def _train(words: Sequence[str]) -> int:
+    config = _config(words)
+    _join_processes()
+    from lmm_jax.inference.assistant import use_compilation_cache
+    from train.loop import DivergedError, train
+
+    use_compilation_cache()
+    try:
+        return 0 if train(config) else 143
+    except DivergedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _export(words: Sequence[str]) -> int:
+    config = _config(words)
+    _join_processes()
+    from train.loop import export_checkpoint
+
+    print(export_checkpoint(config))
+    return 0
+
+
+def _inspect(words: Sequence[str]) -> int:
+    config = _config(words)
+    from lmm_jax.data.tokenize import Tokenizer
+    from train.inspect_data import inspect
+    from train.start import model_config, tokenizer_folder
+
+    inspect(config, model_config(config.start), Tokenizer.load(tokenizer_folder(config.start)))
+    return 0
+
+
+_COMMANDS = {"train": _train, "export": _export, "inspect-data": _inspect}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""Everything a run needs before its first step, from its configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import traverse_util
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lmm_jax import sharding
+from lmm_jax.data.tokenize import Tokenizer
+from lmm_jax.errors import UserError
+from lmm_jax.models.attention import IMPLEMENTATIONS
+from lmm_jax.models.llava_mini import LlavaMini
+from train.config import GroupConfig, TrainConfig
+from train.optimizer import assign_groups, make_optimizer, schedule
+from train.start import abstract_start, initial_params, model_config, tokenizer_folder
+from train.step import Arrays, TrainState, train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What stays the same through a run.
+
+    Attributes:
+      config: of the run.
+      mesh: all devices take part.
+      model: with the dtype of arithmetic.
+      tokenizer: the model's.
+      groups: path -> group, of all parameters.
+      rows: rows of a global batch that this process loads.
+    """
+
+    config: TrainConfig
+    mesh: Mesh
+    model: LlavaMini
+    tokenizer: Tokenizer
+    groups: dict[str, GroupConfig]
+    rows: np.ndarray
+
+    @property
+    def trained(self) -> dict[str, GroupConfig]:
+        """The groups of the trained parameters: path -> group."""
+        return {path: group for path, group in self.groups.items() if group.learning_rate is not None}
+
+    def batch_sharding(self, shape: tuple[int, ...]) -> NamedSharding:
+        """Rows over devices."""
+        return sharding.array_sharding(self.mesh, shape, "batch", *[None] * (len(shape) - 1))
+
+    def put(self, arrays: dict[str, np.ndarray]) -> Arrays:
+        """This process's rows -> global arrays."""
+        total = self.config.data.batch_size
+
+        def place(array: np.ndarray) -> jax.Array:
+            shape = (total, *array.shape[1:])
+
+            def part(index: tuple[slice, ...]) -> np.ndarray:
+                start, stop, _ = index[0].indices(total)
+                first = np.searchsorted(self.rows, start)
+                return array[first : first + stop - start]
+
+            return jax.make_array_from_callback(shape, self.batch_sharding(shape), part)
+
+        return {name: place(array) for name, array in arrays.items()}
+
+    def optimizer(self, steps: int) -> optax.GradientTransformation:
+        """For a run of so many steps."""
+        return make_optimizer(self.config.optimizer, self.trained, steps)
+
+    def learning_rates(self, steps: int) -> dict[str, Callable[[int], Any]]:
+        """Schedules by the pattern of their group."""
+        found = {g.pattern: g.learning_rate for g in self.trained.values()}
+        return {pattern: schedule(self.config.optimizer, peak, steps) for pattern, peak in found.items()}
+
+    def step_function(self, steps: int) -> Callable[[TrainState, Arrays], tuple[TrainState, dict[str, jax.Array]]]:
+        """The jitted step, which takes over the memory of the state it is given."""
+        c = self.config
+        step = functools.partial(train_step, self.model, self.optimizer(steps), c.compute.loss_chunk, c.optimizer.accumulation)
+        return jax.jit(step, donate_argnums=0)
+
+
+def prepare(config: TrainConfig) -> Setup:
+    """Checks that a run can work, before anything is loaded.
+
+    Raises:
+      UserError: see `model_config`, `assign_groups`, `make_mesh`; a batch that the devices cannot share evenly.
+    """
+    c = config.compute
+    if c.attention not in IMPLEMENTATIONS:
+        raise UserError(f"there is no attention {c.attention!r}: choose one of {', '.join(IMPLEMENTATIONS)}")
+    mesh = sharding.make_mesh(c.mesh or {"fsdp": jax.device_count()})
+    if mesh.size != jax.device_count() and jax.process_count() > 1:
+        raise UserError(f"mesh {c.mesh!r} leaves out some of {jax.device_count()} devices: with several processes use all")
+    parts = sharding.batch_multiple(mesh) * config.optimizer.accumulation
+    if config.data.batch_size % parts:
+        raise UserError(
+            f"batch_size {config.data.batch_size} is not a multiple of {parts}, the devices that share the rows "
+            f"times accumulation {config.optimizer.accumulation}: change one of them"
+        )
+    dtype = jnp.dtype(c.dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16))
+    sizes = model_config(config.start)
+    model = LlavaMini(sizes, dtype, c.attention, c.remat)
+    tokenizer = Tokenizer.load(tokenizer_folder(config.start))
+    groups = assign_groups(sharding.leaf_paths(abstract_start(sizes, mesh, lambda _: dtype)), config.optimizer.groups)
+    shape = (config.data.batch_size,)
+    places = sharding.array_sharding(mesh, shape, "batch").addressable_devices_indices_map(shape).values()
+    rows = np.unique(np.concatenate([np.arange(config.data.batch_size)[place] for place in places]))
+    return Setup(config, mesh, model, tokenizer, groups, rows)
+
+
+def abstract_state(setup: Setup, steps: int) -> TrainState:
+    """Shapes, dtypes and shardings of a state."""
+    flat = sharding.leaf_paths(abstract_start(setup.model.config, setup.mesh, _dtype_of(setup)))
+    trained = {path: leaf for path, leaf in flat.items() if path in setup.trained}
+    frozen = {path: leaf for path, leaf in flat.items() if path not in trained}
+    everywhere = NamedSharding(setup.mesh, PartitionSpec())
+    moments = jax.eval_shape(setup.optimizer(steps).init, trained)
+
+    def shard(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        of = next((trained[k.key] for k in path if getattr(k, "key", None) in trained), None)  # a moment lies as its parameter
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=of.sharding if of else everywhere)
+
+    optimizer = jax.tree_util.tree_map_with_path(shard, moments)
+    return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere), trained, frozen, optimizer)
+
+
+def initial_state(setup: Setup, abstract: TrainState) -> TrainState:
+    """The state of step 0, every device making or reading its own shards.
+
+    Raises:
+      UserError: see `start.initial_params`.
+    """
+    tree = traverse_util.unflatten_dict({**abstract.trained, **abstract.frozen}, sep="/")
+    params = sharding.leaf_paths(initial_params(setup.config.start, setup.model.config, tree))
+    trained = {path: params[path] for path in abstract.trained}
+    frozen = {path: params[path] for path in abstract.frozen}
+    shardings = jax.tree.map(lambda s: s.sharding, (abstract.step, abstract.optimizer))
+    init = setup.optimizer(1).init
+    step, optimizer = jax.jit(lambda p: (jnp.int32(0), init(p)), out_shardings=shardings)(trained)
+    return TrainState(step, trained, frozen, optimizer)
+
+
+def _dtype_of(setup: Setup) -> Callable[[str], Any]:
+    c, trained = setup.config.compute, setup.trained
+    frozen = c.frozen_dtype or setup.model.dtype
+    return lambda path: c.trained_dtype if path in trained else frozen
