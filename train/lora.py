@@ -96,18 +96,6 @@ def merge(kernel: jax.Array, lora_a: jax.Array, lora_b: jax.Array, lora_scale: j
     return kernel.astype(jnp.float32) + lora_scale.astype(jnp.float32) * product
 
 
-def merge_lora(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Flat parameters with adapters -> without, all layers at once, in the kernels' dtypes.
-
-    For models that fit in memory twice; a model folder is written layer by layer with `merge`.
-    """
-    base, adapters = take_lora(params)
-    for path, adapter in adapters.items():
-        merged = jax.vmap(merge) if "/stack/" in path else merge
-        base[path] = jax.jit(merged)(base[path], *adapter).astype(base[path].dtype)
-    return base
-
-
 def _name(path: str) -> str:
     return re.sub(r"/(stack|last)(?=/)", "", path).removesuffix("/kernel")
 
