@@ -21,7 +21,7 @@ from lmm_jax import sharding
 from lmm_jax.errors import UserError
 from train.config import LoraConfig
 
-PARTS = ("lora_a", "lora_b", "lora_scale")
+PARTS = ("/lora_a", "/lora_b", "/lora_scale")
 _ADAPTABLE = r"(layers|prefusion_layers)/(self_attn|mlp)/\w+_proj"
 
 
@@ -46,7 +46,7 @@ def add_lora(abstract: Any, config: LoraConfig) -> Any:
         )
     new = {}
     for path in found:
-        kernel, prefix = leaves[path], path.removesuffix("kernel")
+        kernel, prefix = leaves[path], path.removesuffix("/kernel")
         layers, inputs, outputs = _sizes(path, kernel.shape)
         for part, shape in zip(PARTS, ((*inputs, config.rank), (config.rank, *outputs), ())):
             new[prefix + part] = jax.ShapeDtypeStruct((*layers, *shape), kernel.dtype)
@@ -56,17 +56,17 @@ def add_lora(abstract: Any, config: LoraConfig) -> Any:
     return traverse_util.unflatten_dict({**leaves, **new}, sep="/")
 
 
-def init_lora(abstract: Any, config: LoraConfig, seed: int) -> dict[str, jax.Array]:
+def init_lora(abstract: dict[str, jax.ShapeDtypeStruct], config: LoraConfig, seed: int) -> dict[str, jax.Array]:
     """The adapters' leaves at the start of a run: path -> array; each device makes its own shards.
 
     `lora_a` is uniform within ±1/√inputs, as in the published code (PEFT's).
 
     Args:
-      abstract: from `add_lora`, with whatever dtypes are wanted.
+      abstract: path -> shape, dtype and sharding, from `add_lora`; other leaves are passed over.
       config: as there.
       seed: of the random part.
     """
-    wanted = {path: s for path, s in sharding.leaf_paths(abstract).items() if path.rsplit("/", 1)[1] in PARTS}
+    wanted = {path: s for path, s in abstract.items() if path.endswith(PARTS)}
 
     def make(key: jax.Array) -> dict[str, jax.Array]:
         made = {}
@@ -84,9 +84,9 @@ def init_lora(abstract: Any, config: LoraConfig, seed: int) -> dict[str, jax.Arr
 
 def take_lora(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[Any, Any, Any]]]:
     """Flat parameters -> those of the model without adapters, and kernel path -> lora_a, lora_b, lora_scale."""
-    base = {path: leaf for path, leaf in params.items() if path.rsplit("/", 1)[1] not in PARTS}
-    prefixes = (path.removesuffix("lora_a") for path in params if path.endswith("/lora_a"))
-    return base, {f"{p}kernel": tuple(params[p + part] for part in PARTS) for p in prefixes}
+    base = {path: leaf for path, leaf in params.items() if not path.endswith(PARTS)}
+    adapted = (path.removesuffix("/lora_a") for path in params if path.endswith("/lora_a"))
+    return base, {f"{path}/kernel": tuple(params[path + part] for part in PARTS) for path in adapted}
 
 
 def merge(kernel: jax.Array, lora_a: jax.Array, lora_b: jax.Array, lora_scale: jax.Array) -> jax.Array:

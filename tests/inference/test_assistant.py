@@ -73,7 +73,7 @@ def test_batch_takes_plain_text_too(model):
     assert model().ask_batch(["Hello?"], max_new_tokens=4) == [model().ask("Hello?", max_new_tokens=4)]
 
 
-@pytest.mark.parametrize("size", ["tiny", "tiny-hd"])
+@pytest.mark.parametrize("size", ["tiny", pytest.param("tiny-hd", marks=pytest.mark.slow)])
 def test_every_turn_of_a_chat_equals_the_whole_transcript_afresh(model, tiny, clip, size):
     settings = {"max_new_tokens": 6, "temperature": 0.7, "seed": 3}
     chat = model(size).chat()

@@ -30,8 +30,8 @@ def params():
 
 @functools.cache
 def adapters(mesh="fsdp=1"):
-    abstract = add_lora(abstract_params(CONFIG, sharding.make_mesh(mesh)), LORA)
-    return init_lora(abstract, LORA, seed=5), sharding.leaf_paths(abstract)
+    abstract = sharding.leaf_paths(add_lora(abstract_params(CONFIG, sharding.make_mesh(mesh)), LORA))
+    return init_lora(abstract, LORA, seed=5), abstract
 
 
 @jax.jit
@@ -88,7 +88,7 @@ def test_shards_and_dtypes():
         np.testing.assert_array_equal(leaf, alone[path])
     for path, parts in {"layers/stack/mlp/down_proj/lora_a": 2, "layers/last/self_attn/q_proj/lora_b": 2}.items():
         assert shared[path].addressable_shards[0].data.size * parts == shared[path].size
-    half = add_lora(abstract_params(CONFIG, sharding.make_mesh(), jnp.bfloat16), LORA)
+    half = sharding.leaf_paths(add_lora(abstract_params(CONFIG, sharding.make_mesh(), jnp.bfloat16), LORA))
     assert {x.dtype for x in init_lora(half, LORA, 0).values()} == {jnp.dtype(jnp.bfloat16)}
 
 
