@@ -26,7 +26,7 @@ does not: LMM_COORDINATOR=auto then asks it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, 1 where training diverged, 2 for bad input, 130 and 143 when stopped."""
+    """Runs the command line; the exit status is 0, 1 where training diverged, 2 for bad input, 130 or 143 when stopped."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)

@@ -1,0 +1,141 @@
+"""Small runs: their data, their configuration, `python -m train` as a process of its own, and what it left behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from data.test_video import make_clip
+from PIL import Image
+
+from lmm_jax.checkpoint import leaf_shapes, read_leaf
+from lmm_jax.config import CompressorConfig, DecoderConfig, ModelConfig, VisionConfig
+from train.config import (
+    ComputeConfig,
+    DataConfig,
+    GroupConfig,
+    HeldOutConfig,
+    OptimizerConfig,
+    RecordConfig,
+    SourceConfig,
+    StartConfig,
+    TrainConfig,
+)
+
+ROOT = Path(__file__).parents[2]
+TOKENIZER = ROOT / "tests" / "golden" / "text" / "vicuna_tokenizer"
+COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 220), "black": (0, 0, 0)}
+
+_VISION = VisionConfig(32, 48, num_layers=3, num_heads=4, patch_size=14, image_size=28, name="")
+_DECODER = DecoderConfig(512, 32, 48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, max_position_embeddings=512)
+MINI = ModelConfig(_VISION, _DECODER, CompressorConfig(1), prefusion_layers=2)
+V1_5 = dataclasses.replace(MINI, compressor=None, prefusion_layers=0)
+
+PROJECTOR = r"mm_projector/.*"
+STAGE_1 = (GroupConfig(PROJECTOR, 1e-2), GroupConfig(r"(?!mm_projector/).*"))
+STAGE_2 = (
+    GroupConfig(PROJECTOR, 1e-3),
+    GroupConfig(r"(embed_tokens|layers|norm|lm_head|prefusion_layers)/.*|compressor/(?!pos_embed).*", 3e-3),
+    GroupConfig(r"vision_tower/.*|compressor/pos_embed"),
+)
+
+
+def write_data(folder: Path, pictures: int = 20, clips: int = 3, texts: int = 6) -> Path:
+    """Coloured pictures, clips and text-only records -> their file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    records = []
+    for i in range(pictures):
+        name = list(COLOURS)[i % len(COLOURS)]
+        Image.new("RGB", (30 + i, 40), COLOURS[name]).save(folder / f"{i}.png")
+        records.append({"id": i, "image": f"{i}.png", "conversations": turns("<image>\nWhich colour?", name)})
+    for i in range(clips):
+        make_clip(folder / f"{i}.mp4", frames=4 + i)
+        records.append({"id": f"c{i}", "video": f"{i}.mp4", "conversations": turns("<video>\nWhat happens?", "it counts")})
+    records += [{"id": f"t{i}", "conversations": turns(f"Say {i}.", str(i))} for i in range(texts)]
+    return write_records(folder / "records.json", records)
+
+
+def turns(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+def write_records(file: Path, records: list) -> Path:
+    file.write_text(json.dumps(records))
+    return file
+
+
+def small(folder: Path, records: Path, *, max_steps: int | None = None, **changes: dict) -> TrainConfig:
+    """A run of a small model from scratch; `changes` of its parts, as ``record={"keep": 1}``."""
+    sources = (SourceConfig(str(records)),)
+    parts = {
+        "start": StartConfig(scratch=MINI, tokenizer=str(TOKENIZER)),
+        "data": DataConfig(
+            sources=sources, batch_size=8, max_length=128, buckets=(), video_frames=2, threads=2, prefetch=2
+        ),
+        "optimizer": OptimizerConfig(groups=STAGE_2, warmup=0.0),
+        "compute": ComputeConfig(mesh="data=1", remat="none"),
+        "held_out": HeldOutConfig(every=0, batches=2, answers=2),
+        "record": RecordConfig(checkpoint_steps=2, log_steps=1),
+    }
+    made = {name: dataclasses.replace(part, **changes.pop(name, {})) for name, part in parts.items()}
+    assert not changes, changes
+    return TrainConfig(str(folder), max_steps=max_steps, **made)
+
+
+def write_config(config: TrainConfig, file: Path) -> Path:
+    """A configuration as a file for the command line."""
+    imports = "from lmm_jax.config import *\nfrom train.config import *\n"
+    file.write_text(f"{imports}\n\ndef get_config():\n    return {config!r}\n")
+    return file
+
+
+def launch(config: TrainConfig | Path, *words: str, devices: int = 1, **environment: str) -> subprocess.Popen:
+    """``python -m train`` with a configuration (or words alone), as a process of its own."""
+    if isinstance(config, TrainConfig):
+        file = Path(config.folder).parent / f"{Path(config.folder).name}.py"
+        config = write_config(config, file)
+    flags = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
+    flags.append(f"--xla_force_host_platform_device_count={devices}")
+    environment = os.environ | {"XLA_FLAGS": " ".join(flags), "PYTHONUNBUFFERED": "1"} | environment
+    return subprocess.Popen(
+        [sys.executable, "-m", "train", str(config), *words],
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def wait(process: subprocess.Popen, timeout: float = 300) -> tuple[int, str, str]:
+    """Its exit status, standard output and standard error."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return process.returncode, out, err
+
+
+def figures(folder: Path | str, name: str = "loss") -> dict[int, float]:
+    """A figure by step; of steps that were done again the last one counts."""
+    found = {}
+    for line in (Path(folder) / "metrics.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        if name in entry:
+            found[entry["step"]] = entry[name]
+    return found
+
+
+def leaves(folder: Path | str) -> dict[str, np.ndarray]:
+    """Every leaf of a model folder."""
+    return {name: read_leaf(folder, name) for name in leaf_shapes(folder)}
+
+
+def assert_same_model(a: Path | str, b: Path | str) -> None:
+    """To the bit."""
+    left, right = leaves(a), leaves(b)
+    assert left.keys() == right.keys()
+    assert [name for name in left if left[name].tobytes() != right[name].tobytes()] == []
+    assert (Path(a) / "config.json").read_bytes() == (Path(b) / "config.json").read_bytes()
