@@ -53,11 +53,14 @@ def _config(words: Sequence[str]) -> TrainConfig:
         raise UserError(f"there is no configuration {file}: give a Python file, as configs/stage1_vicuna_7b.py")
     sys.path.insert(0, str(file.resolve().parent.parent))  # configs import their neighbours as configs.…
     try:
-        made = runpy.run_path(str(file))["get_config"]()
-    except KeyError as error:
-        raise UserError(f"{file} has no function get_config()") from error
-    except (SyntaxError, ImportError, TypeError, NameError) as error:
+        get_config = runpy.run_path(str(file)).get("get_config")
+        made = get_config() if get_config else None
+    except UserError:
+        raise
+    except Exception as error:
         raise UserError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
+    if not isinstance(made, TrainConfig):
+        raise UserError(f"{file} has no function get_config() that returns a TrainConfig")
     return tyro.cli(
         TrainConfig,
         default=made,
@@ -71,15 +74,20 @@ def _join_processes() -> None:
     """Makes the processes of a cluster one program; must come before any use of a device."""
     import jax
 
-    address = os.environ.get("LMM_COORDINATOR")
-    if address == "auto":
-        jax.distributed.initialize()
-    elif address:
+    address, who = os.environ.get("LMM_COORDINATOR"), {}
+    if not address:
+        return
+    if address != "auto":
         try:
             count, own = int(os.environ["LMM_PROCESSES"]), int(os.environ["LMM_PROCESS"])
         except (KeyError, ValueError) as error:
             raise UserError("LMM_COORDINATOR=host:port also needs LMM_PROCESSES and LMM_PROCESS, two numbers") from error
-        jax.distributed.initialize(coordinator_address=address, num_processes=count, process_id=own)
+        who = {"coordinator_address": address, "num_processes": count, "process_id": own}
+    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is the loop's own affair
+    try:
+        jax.distributed.initialize(**who)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the processes do not find each other at LMM_COORDINATOR={address}: {error}") from error
 
 
 def _train(words: Sequence[str]) -> int:

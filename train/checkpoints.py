@@ -1,6 +1,6 @@
 """Checkpoints of a run, by Orbax, asynchronous: what is needed to go on as if nothing had happened.
 
-    folder/checkpoints/120/   state (step, trained parameters, optimiser), position (batches done, settings of the run)
+    folder/checkpoints/120/   state (step, trained parameters, optimiser), position (batches done, records met, settings)
 
 Frozen parameters are not among them: they are read again from the model folder that the run started from, or made again
 from its seed.
@@ -22,6 +22,9 @@ _FREE = ("folder", "record", "held_out", "compute.mesh", "compute.attention", "c
          "data.threads", "data.prefetch", "data.cache", "data.max_skipped")  # fmt: skip
 
 
+Met = dict[str, int]  # records: "seen", and "skipped" among them
+
+
 class Checkpoints:
     """The checkpoints of one run. All processes call every method alike."""
 
@@ -37,15 +40,19 @@ class Checkpoints:
         """The step of the last complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, step: int) -> None:
+    def save(self, state: TrainState, step: int, met: Met) -> None:
         """Starts to save; returns when the state may be changed. Nothing happens where that step is saved already."""
         if self._manager.latest_step() == step:
             return
         saved = self._ocp.args.Composite(
             state=self._ocp.args.PyTreeSave(_saved(state)),
-            position=self._ocp.args.JsonSave({"batches": step, "settings": to_json(self._config)}),
+            position=self._ocp.args.JsonSave({"batches": step, "met": dict(met), "settings": to_json(self._config)}),
         )
         self._manager.save(step, args=saved)
+
+    def met(self) -> Met:
+        """The counts that were saved with the latest checkpoint; none where there is none."""
+        return self._position().get("met", {}) if self.latest() else {}
 
     def restore(self, state: TrainState) -> TrainState:
         """The latest checkpoint, on the mesh of `state`, whose step, trained parameters and optimiser may be abstract.
@@ -53,25 +60,29 @@ class Checkpoints:
         Raises:
           UserError: the run was started with other settings; the checkpoint does not fit or is damaged.
         """
-        ocp, step = self._ocp, self._manager.latest_step()
-        self._check_settings(step)
-        abstract = _saved(state)
-        restore = ocp.args.PyTreeRestore(abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract))
-        try:
-            found = self._manager.restore(step, args=ocp.args.Composite(state=restore)).state
-        except (ValueError, KeyError, OSError) as error:
-            raise UserError(
-                f"checkpoint {step} in {self._config.folder} cannot be restored ({str(error)[:300]}): remove it to go on "
-                "from the one before, or choose another folder"
-            ) from error
+        self._check_settings()
+        abstract, args = _saved(state), self._ocp.args
+        wanted = args.PyTreeRestore(abstract, restore_args=self._ocp.checkpoint_utils.construct_restore_args(abstract))
+        found = self._restore(state=wanted).state
         optimizer = jax.tree.unflatten(
             jax.tree.structure(state.optimizer), [leaf for _, leaf in sorted(found["optimizer"].items())]
         )
         return TrainState(found["step"], found["trained"], state.frozen, optimizer)
 
-    def _check_settings(self, step: int) -> None:
-        args = self._ocp.args.Composite(position=self._ocp.args.JsonRestore())
-        before = _flat(self._manager.restore(step, args=args).position["settings"])
+    def _position(self) -> dict[str, Any]:
+        return self._restore(position=self._ocp.args.JsonRestore()).position
+
+    def _restore(self, **items: Any) -> Any:
+        try:
+            return self._manager.restore(self.latest(), args=self._ocp.args.Composite(**items))
+        except (ValueError, KeyError, OSError) as error:
+            raise UserError(
+                f"checkpoint {self.latest()} in {self._config.folder} cannot be restored ({str(error)[:300]}): remove it to "
+                "go on from the one before, or choose another folder"
+            ) from error
+
+    def _check_settings(self) -> None:
+        before = _flat(self._position()["settings"])
         now = _flat(to_json(self._config))
         changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and not k.startswith(_FREE))
         if changed:

@@ -9,11 +9,8 @@ import dataclasses
 import json
 from typing import Any, Literal
 
-from lmm_jax.config import TEMPLATES, ModelConfig
+from lmm_jax.config import ASPECT_RATIOS, TEMPLATES, ModelConfig
 from lmm_jax.errors import UserError
-
-PREFUSION_INITS = ("random", "llm_first_layers", "identity")
-REMAT_POLICIES = ("none", "full", "dots")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +75,7 @@ class StartConfig:
       prefusion_layers: number of pre-fusion layers to add where the model has none; None adds none.
       prefusion_init: how added pre-fusion layers start (spec section 10).
       resolution_ratio: tiles along one side of a picture; None leaves it.
+      image_aspect_ratio: how pictures are made square; "" leaves it.
       template: prompt template of the trained model; "" leaves it.
       seed: of new weights.
     """
@@ -89,6 +87,7 @@ class StartConfig:
     prefusion_layers: int | None = None
     prefusion_init: Literal["random", "llm_first_layers", "identity"] = "llm_first_layers"
     resolution_ratio: int | None = None
+    image_aspect_ratio: Literal["", *ASPECT_RATIOS] = ""  # type: ignore[valid-type]
     template: Literal["", *TEMPLATES] = ""  # type: ignore[valid-type]
     seed: int = 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lmm_jax import checkpoint
@@ -17,6 +19,7 @@ from lmm_jax.checkpoint import LazyLeaf
 from lmm_jax.config import ModelConfig
 from lmm_jax.errors import UserError
 from train.config import StartConfig
+from train.lora import merge, take_lora
 from train.step import Params, join
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
@@ -40,45 +43,54 @@ def write_model_folder(
       UserError: the folder cannot be written.
     """
     source = checkpoint.leaf_shapes(start.folder) if start.folder else {}
-    trained_names = {n for names in checkpoint.disk_names(join(trained, {})).values() for n in names} if trained else set()
-    leaves = _leaves(join(trained, frozen), jnp.dtype(dtype))
-    for name, (shape, stored) in source.items():
-        if checkpoint.is_export_only(name, config) or (name in leaves and name not in trained_names):
-            leaves[name] = LazyLeaf(shape, stored, lambda name=name: checkpoint.read_leaf(start.folder, name))
-    if not source:
-        leaves |= _export_only(leaves, config, jnp.dtype(dtype))
+    base, adapters = take_lora({**trained, **frozen})
+    names = checkpoint.disk_names(join(base, {}))
+    changed = {name for path in base if path in trained or path in adapters for name in names[path]}
+    gathered = _leaves(base, adapters, names, jnp.dtype(dtype))
+    copied = {
+        name: LazyLeaf(shape, stored, functools.partial(checkpoint.read_leaf, start.folder, name))
+        for name, (shape, stored) in source.items()
+        if checkpoint.is_export_only(name, config) or (name in gathered and name not in changed)
+    }
+    made = {} if source else _export_only(gathered, config, jnp.dtype(dtype))
     files = [tokenizer / name for name in TOKENIZER_FILES if (tokenizer / name).is_file()]
     if jax.process_index() == 0:
-        checkpoint.write_model(folder, config, leaves, files=files, overwrite=True)
+        checkpoint.write_model(folder, config, gathered | copied | made, files=files, overwrite=True)
     else:  # gathering a leaf needs every process
-        for leaf in leaves.values():
-            leaf.read()
+        for name, leaf in gathered.items():
+            if name not in copied:
+                leaf.read()
+    multihost_utils.sync_global_devices("model folder")  # no process leaves before it is written
 
 
-def _leaves(params: Any, dtype: np.dtype) -> dict[str, LazyLeaf]:
-    """Disk name -> leaf; a layer at a time is gathered to the host when it is read."""
-    arrays, leaves = checkpoint.leaf_paths(params), {}
-    for path, names in checkpoint.disk_names(params).items():
-        array, stacked = arrays[path], "/stack/" in path
+def _leaves(
+    params: Params, adapters: dict[str, tuple], names: dict[str, tuple[str, ...]], dtype: np.dtype
+) -> dict[str, LazyLeaf]:
+    """Disk name -> leaf; a layer at a time is merged with its adapter and gathered to the host when it is read."""
+    leaves = {}
+    for path, array in params.items():
+        stacked, arrays = "/stack/" in path, (array, *adapters.get(path, ()))
         shape = array.shape[1:] if stacked else array.shape
-        for i, name in enumerate(names):
-            leaves[name] = LazyLeaf(shape, dtype, _gather(array, i if stacked else None, dtype))
+        for i, name in enumerate(names[path]):
+            leaves[name] = LazyLeaf(shape, dtype, functools.partial(_read, arrays, dtype, *([i] if stacked else [])))
     return leaves
 
 
-def _gather(array: jax.Array, layer: int | None, dtype: np.dtype) -> Callable[[], np.ndarray]:
-    whole = NamedSharding(array.sharding.mesh, PartitionSpec())
-
-    def read() -> np.ndarray:
-        return np.asarray(_take(array, layer, dtype, whole).addressable_data(0))
-
-    return read
+def _read(arrays: tuple[jax.Array, ...], dtype: np.dtype, *layer: int) -> np.ndarray:
+    """A leaf, or a layer of a stack, on this host; the arrays after the first are its adapter."""
+    gather = _gather(dtype, NamedSharding(arrays[0].sharding.mesh, PartitionSpec()))
+    return np.asarray(gather(arrays, *layer).addressable_data(0))
 
 
-def _take(array: jax.Array, layer: int | None, dtype: np.dtype, sharding: NamedSharding) -> jax.Array:
-    if layer is None:
-        return jax.jit(lambda x: x.astype(dtype), out_shardings=sharding)(array)
-    return jax.jit(lambda x, i: x[i].astype(dtype), out_shardings=sharding)(array, layer)
+@functools.cache
+def _gather(dtype: np.dtype, whole: NamedSharding) -> Callable[..., jax.Array]:
+    """Compiled once for each shape."""
+
+    def one(arrays: tuple[jax.Array, ...], *layer: int) -> jax.Array:
+        kernel, *adapter = (x[layer] for x in arrays)
+        return (merge(kernel, *adapter) if adapter else kernel).astype(dtype)
+
+    return jax.jit(one, out_shardings=whole)
 
 
 def _export_only(leaves: dict[str, LazyLeaf], config: ModelConfig, dtype: np.dtype) -> dict[str, LazyLeaf]:
@@ -97,8 +109,12 @@ def _export_only(leaves: dict[str, LazyLeaf], config: ModelConfig, dtype: np.dty
 
 
 def check_folder(folder: Path) -> None:
-    """Raises UserError where the model folder of a run could not be written at its end."""
-    if folder.exists() and any(folder.iterdir()):
-        checkpoint.read_config(folder)  # only a model folder is replaced
-    elif folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file: the run writes its model there")
+    """Raises UserError where the model folder of a run could not be written at its end: only a model folder is replaced."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    try:
+        checkpoint.read_config(folder)
+    except UserError as error:
+        raise UserError(
+            f"the run is to write its model to {folder}, which is taken ({error}): choose another folder"
+        ) from error

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from lmm_jax.errors import UserError
 from train.checkpoints import Checkpoints
@@ -90,9 +89,13 @@ def export_checkpoint(config: TrainConfig) -> Path:
 
 def _data(setup: Setup) -> TrainData:
     config, folder = setup.config, Path(setup.config.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    report = SkipReport(folder / "skipped.jsonl") if jax.process_index() == 0 else None
-    data = TrainData(config.data, setup.model.config, setup.tokenizer, cache=folder / ".cache", report=report)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the run's folder {folder} cannot be made ({error}): choose another one") from error
+    first = jax.process_index() == 0
+    report = SkipReport(folder / "skipped.jsonl") if first else None
+    data = TrainData(config.data, setup.model.config, setup.tokenizer, cache=folder / ".cache", report=report, progress=first)
     if len(data.skipped_beforehand) > config.data.max_skipped * data.records:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in data.reasons().most_common())
         raise UserError(
@@ -125,9 +128,8 @@ class _Run:
         held = self.config.held_out
         self.held_out = HeldOut(setup, folder / ".cache") if held.mixture or held.sources else None
         self.window = _Window(setup)
-        self.unusable = len(data.skipped_beforehand)
-        self.seen = self.unusable
-        self.stop_asked = False
+        self.met = {"seen": len(data.skipped_beforehand), "skipped": len(data.skipped_beforehand)} | checkpoints.met()
+        self.stop_asked = self.tracing = False
         self.saved_at = time.monotonic()
 
     def go(self, state: TrainState) -> tuple[TrainState, bool]:
@@ -138,15 +140,17 @@ class _Run:
                 return self._steps(state, batches)
         finally:
             signal.signal(signal.SIGTERM, before)
+            if self.tracing:  # the run ended, one way or another, inside the traced range
+                jax.profiler.stop_trace()
 
     def _steps(self, state: TrainState, batches: Any) -> tuple[TrainState, bool]:
         function, pending = self.setup.step_function(self.steps), None
         for done in range(self.first, self.steps):
-            self._profile(done)
+            self._profile(done, state)
             batch = next(batches)
             for skipped in batch.skipped:
                 self.report(skipped)
-            state, metrics = function(state, self.setup.put(batch.arrays | self._wishes(len(self.setup.rows))))
+            state, metrics = function(state, self.setup.put(batch.arrays) | self._wishes())
             wishes = self._look(pending) if pending else {}
             pending = (done + 1, batch, metrics)
             last = done + 1 == self.steps
@@ -159,7 +163,7 @@ class _Run:
                     or self.config.record.checkpoint_steps
                     and not (done + 1) % self.config.record.checkpoint_steps
                 ):
-                    self.checkpoints.save(state, done + 1)
+                    self.checkpoints.save(state, done + 1, self.met)
                     self.saved_at = time.monotonic()
                 self._evaluate(done + 1, state)
             if wishes.get("stop"):
@@ -170,11 +174,11 @@ class _Run:
     def _ask_to_stop(self, *_: Any) -> None:
         self.stop_asked = True
 
-    def _wishes(self, rows: int) -> dict[str, np.ndarray]:
-        """What this process wants all of them to do, one number per row, so that the step adds them up."""
+    def _wishes(self) -> dict[str, jax.Array]:
+        """What this process wants all of them to do, so that the step adds it up."""
         minutes = self.config.record.checkpoint_minutes
         due = bool(minutes) and time.monotonic() - self.saved_at > 60 * minutes
-        return {"stop": np.full(rows, self.stop_asked, np.int32), "save": np.full(rows, due, np.int32)}
+        return {"stop": self.setup.put_wish(self.stop_asked), "save": self.setup.put_wish(due)}
 
     def _due(self, step: int) -> bool:
         """Whether something needs the state of this very step."""
@@ -187,19 +191,20 @@ class _Run:
         found = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if not math.isfinite(found["loss"]) or not math.isfinite(found["grad_norm"]):
             records = [int(n) for n in self.data.plan[batch.index][1] if n >= 0]
+            saved = self.checkpoints.latest()
             raise DivergedError(
                 f"loss {found['loss']} and gradient norm {found['grad_norm']} at step {step}, batch {batch.index} "
-                f"({self._names(records)}): the last good checkpoint is step {self.checkpoints.latest()}"
+                f"({self._names(records)}): " + (f"the last checkpoint is step {saved}" if saved else "there is no checkpoint")
             )
-        self.unusable += int(found["skipped"])
-        self.seen += int(found["used"] + found["skipped"])
+        self.met["skipped"] += int(found["skipped"])
+        self.met["seen"] += int(found["used"] + found["skipped"])
         self._refuse_too_many()
         self.window.add(batch, found)
         self.recorder.advance(step)
         if not step % self.config.record.log_steps or step in (self.steps, self.first + 1):
             rates = {f"learning_rate/{pattern}": float(rate(step - 1)) for pattern, rate in self.rates.items()}
             epoch = step / self.data.plan.steps_per_epoch
-            self.recorder.numbers(step, self.window.close() | {"skipped": self.unusable, "epoch": epoch} | rates)
+            self.recorder.numbers(step, self.window.close() | {"skipped": self.met["skipped"], "epoch": epoch} | rates)
         return {name: True for name in ("stop", "save") if found[name]}
 
     def _names(self, records: list[int]) -> str:
@@ -211,10 +216,10 @@ class _Run:
 
     def _refuse_too_many(self) -> None:
         """Stops where too many records are unusable; the first few hundred may be unlucky."""
-        allowed = self.config.data.max_skipped
-        if self.unusable > allowed * max(self.seen, min(1000, self.data.records)):
+        allowed, (seen, skipped) = self.config.data.max_skipped, (self.met["seen"], self.met["skipped"])
+        if skipped > allowed * max(seen, min(1000, self.data.records)):
             raise UserError(
-                f"{self.unusable} of {self.seen} records so far could not be read, more than data.max_skipped {allowed} "
+                f"{skipped} of {seen} records so far could not be read, more than data.max_skipped {allowed} "
                 f"allows; they are listed in {self.config.folder}/skipped*.jsonl"
             )
 
@@ -226,14 +231,18 @@ class _Run:
         if held.answers and jax.process_count() == 1:
             self.recorder.text(step, "answers", self.held_out.answers(state))
 
-    def _profile(self, done: int) -> None:
-        if self.config.record.profile is None:
+    def _profile(self, done: int, state: TrainState) -> None:
+        """Traces the first process through the wanted steps, those of them that this start of the run comes by."""
+        first, count = self.config.record.profile or (0, 0)
+        wanted = first <= done < first + count and jax.process_index() == 0
+        if wanted == self.tracing:
             return
-        first, count = self.config.record.profile
-        if done == first:
+        jax.block_until_ready(state)  # what was started before belongs to the steps before
+        if wanted:
             jax.profiler.start_trace(str(Path(self.config.folder) / "profile"))
-        elif done == first + count:
+        else:
             jax.profiler.stop_trace()
+        self.tracing = wanted
 
 
 class _Window:

@@ -5,15 +5,14 @@ Only the first process writes. A run that goes on appends; of steps that are don
 
 from __future__ import annotations
 
+import contextlib
 import json
-import logging
+import os
 from pathlib import Path
 from typing import Any
 
 from lmm_jax.errors import UserError
 from train.config import TrainConfig, to_json
-
-logger = logging.getLogger(__name__)
 
 
 class Recorder:
@@ -41,7 +40,7 @@ class Recorder:
         folder.mkdir(parents=True, exist_ok=True)
         if config.record.wandb:
             self._wandb = _wandb(config)
-        self._lines = (folder / "metrics.jsonl").open("a")
+        self._lines = _whole_lines(folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first or None)
         self._bar = tqdm(total=total, initial=first, unit="step", desc=folder.name, dynamic_ncols=True, mininterval=1.0)
 
@@ -69,6 +68,7 @@ class Recorder:
         if not self._writes:
             return
         self._lines.write(json.dumps({"step": step, name: text}, ensure_ascii=False) + "\n")
+        self._lines.flush()
         self._board.add_text(name, text, step)
         self._bar.write(f"step {step}, {name}:\n{text}")
 
@@ -81,6 +81,13 @@ class Recorder:
         self._board.close()
         if self._wandb:
             self._wandb.finish()
+
+
+def _whole_lines(file: Path) -> Path:
+    """Removes a line that a killed run left half written."""
+    with contextlib.suppress(FileNotFoundError):
+        os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
+    return file
 
 
 def _wandb(config: TrainConfig) -> Any:

@@ -20,6 +20,7 @@ from lmm_jax.errors import UserError
 from lmm_jax.models.attention import IMPLEMENTATIONS
 from lmm_jax.models.llava_mini import LlavaMini
 from train.config import GroupConfig, TrainConfig
+from train.lora import init_lora, take_lora
 from train.optimizer import assign_groups, make_optimizer, schedule
 from train.start import abstract_start, initial_params, model_config, tokenizer_folder
 from train.step import Arrays, TrainState, train_step
@@ -70,6 +71,14 @@ class Setup:
 
         return {name: place(array) for name, array in arrays.items()}
 
+    def put_wish(self, wanted: bool) -> jax.Array:
+        """What this process wants (0 or 1), once on each of its devices -> (devices of the mesh,) int32, to be summed.
+
+        Rows of a batch would not do: several processes may hold the same ones, and each would see its own wish only.
+        """
+        each = NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names))
+        return jax.make_array_from_callback((self.mesh.size,), each, lambda _: np.full(1, wanted, np.int32))
+
     def optimizer(self, steps: int) -> optax.GradientTransformation:
         """For a run of so many steps."""
         return make_optimizer(self.config.optimizer, self.trained, steps)
@@ -80,10 +89,11 @@ class Setup:
         return {pattern: schedule(self.config.optimizer, peak, steps) for pattern, peak in found.items()}
 
     def step_function(self, steps: int) -> Callable[[TrainState, Arrays], tuple[TrainState, dict[str, jax.Array]]]:
-        """The jitted step, which takes over the memory of the state it is given."""
+        """The jitted step, which takes over the memory of the state it is given and leaves every leaf where it lies."""
         c = self.config
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(self, steps))
         step = functools.partial(train_step, self.model, self.optimizer(steps), c.compute.loss_chunk, c.optimizer.accumulation)
-        return jax.jit(step, donate_argnums=0)
+        return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def prepare(config: TrainConfig) -> Setup:
@@ -108,7 +118,8 @@ def prepare(config: TrainConfig) -> Setup:
     sizes = model_config(config.start)
     model = LlavaMini(sizes, dtype, c.attention, c.remat)
     tokenizer = Tokenizer.load(tokenizer_folder(config.start))
-    groups = assign_groups(sharding.leaf_paths(abstract_start(sizes, mesh, lambda _: dtype)), config.optimizer.groups)
+    leaves = sharding.leaf_paths(abstract_start(sizes, config.lora, mesh, lambda _: dtype))
+    groups = assign_groups(leaves, config.optimizer.groups)
     shape = (config.data.batch_size,)
     places = sharding.array_sharding(mesh, shape, "batch").addressable_devices_indices_map(shape).values()
     rows = np.unique(np.concatenate([np.arange(config.data.batch_size)[place] for place in places]))
@@ -117,7 +128,7 @@ def prepare(config: TrainConfig) -> Setup:
 
 def abstract_state(setup: Setup, steps: int) -> TrainState:
     """Shapes, dtypes and shardings of a state."""
-    flat = sharding.leaf_paths(abstract_start(setup.model.config, setup.mesh, _dtype_of(setup)))
+    flat = sharding.leaf_paths(abstract_start(setup.model.config, setup.config.lora, setup.mesh, _dtype_of(setup)))
     trained = {path: leaf for path, leaf in flat.items() if path in setup.trained}
     frozen = {path: leaf for path, leaf in flat.items() if path not in trained}
     everywhere = NamedSharding(setup.mesh, PartitionSpec())
@@ -137,8 +148,11 @@ def initial_state(setup: Setup, abstract: TrainState) -> TrainState:
     Raises:
       UserError: see `start.initial_params`.
     """
-    tree = traverse_util.unflatten_dict({**abstract.trained, **abstract.frozen}, sep="/")
-    params = sharding.leaf_paths(initial_params(setup.config.start, setup.model.config, tree))
+    start, leaves = setup.config.start, {**abstract.trained, **abstract.frozen}
+    tree = traverse_util.unflatten_dict(take_lora(leaves)[0], sep="/")
+    params = sharding.leaf_paths(initial_params(start, setup.model.config, tree))
+    if setup.config.lora.rank:
+        params |= init_lora(leaves, setup.config.lora, start.seed)
     trained = {path: params[path] for path in abstract.trained}
     frozen = {path: params[path] for path in abstract.frozen}
     shardings = jax.tree.map(lambda s: s.sharding, (abstract.step, abstract.optimizer))

@@ -15,7 +15,8 @@ from lmm_jax import checkpoint
 from lmm_jax.config import CompressorConfig, ModelConfig
 from lmm_jax.errors import UserError
 from lmm_jax.models.llava_mini import abstract_params, init_parts
-from train.config import StartConfig
+from train.config import LoraConfig, StartConfig
+from train.lora import add_lora
 
 _OUTPUTS = ("o_proj", "down_proj")  # of a decoder layer: with both zero, the layer is the identity
 
@@ -43,8 +44,9 @@ def model_config(start: StartConfig) -> ModelConfig:
         changes["prefusion_layers"] = start.prefusion_layers
     if start.resolution_ratio is not None:
         changes["resolution_ratio"] = start.resolution_ratio
-    if start.template:
-        changes["template"] = start.template
+    for name in ("template", "image_aspect_ratio"):
+        if getattr(start, name):
+            changes[name] = getattr(start, name)
     return dataclasses.replace(config, **changes)
 
 
@@ -59,14 +61,15 @@ def tokenizer_folder(start: StartConfig) -> Path:
     return Path(start.tokenizer or start.folder)
 
 
-def abstract_start(config: ModelConfig, mesh: Mesh, dtype_of: Callable[[str], Any]) -> Any:
-    """Shapes, dtypes and shardings of all parameters; `dtype_of` takes a path."""
+def abstract_start(config: ModelConfig, lora: LoraConfig, mesh: Mesh, dtype_of: Callable[[str], Any]) -> Any:
+    """Shapes, dtypes and shardings of all parameters, adapters among them; `dtype_of` takes a path."""
+    tree = abstract_params(config, mesh)
 
     def typed(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         name = "/".join(key.key for key in path)
         return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype_of(name)), sharding=leaf.sharding)
 
-    return jax.tree_util.tree_map_with_path(typed, abstract_params(config, mesh))
+    return jax.tree_util.tree_map_with_path(typed, add_lora(tree, lora) if lora.rank else tree)
 
 
 def initial_params(start: StartConfig, config: ModelConfig, abstract: Any) -> Any:
@@ -75,7 +78,7 @@ def initial_params(start: StartConfig, config: ModelConfig, abstract: Any) -> An
     Args:
       start: of the run.
       config: from `model_config`.
-      abstract: from `abstract_start`.
+      abstract: from `abstract_start`, without adapters.
 
     Raises:
       UserError: the folder is damaged or does not fit; more pre-fusion layers to copy than the decoder has.

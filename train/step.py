@@ -95,7 +95,7 @@ def gradients(
     if parts == 1:
         (total, count), grads = take(trained, batch)
     else:
-        cut = {k: rearrange(v, "(b a) ... -> a b ...", a=parts) for k, v in batch.items()}
+        cut = {k: rearrange(v, "(b a) ... -> a b ...", a=parts) for k, v in batch.items() if v.ndim > 1}
         cut = {k: constrain(v, None, "batch", *[None] * (v.ndim - 2)) for k, v in cut.items()}
 
         def add(carry: tuple, part: Arrays) -> tuple[tuple, None]:
@@ -122,14 +122,14 @@ def train_step(
       batch: `data.Batch.arrays` of the whole global batch.
 
     Returns:
-      The new state, and () float32 each: loss, grad_norm (before clipping), labels, and the sum over rows of everything in the
-      batch that is one number per row (lengths, used, skipped, wishes): so processes agree on what some of them saw.
+      The new state, and () float32 each: loss, grad_norm (before clipping), labels, and the sum of everything in the batch
+      that has one axis (numbers per row: lengths, used, skipped; wishes): so processes agree on what some of them saw.
     """
     loss, count, grads = gradients(model, chunk, parts, state.trained, state.frozen, batch)
     updates, new = optimizer.update(grads, state.optimizer, state.trained)
     trained = optax.apply_updates(state.trained, updates)
-    metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "labels": count}
-    metrics |= {name: rows.sum().astype(jnp.float32) for name, rows in batch.items() if rows.ndim == 1}
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "labels": count}
+    metrics |= {name: numbers.sum().astype(jnp.float32) for name, numbers in batch.items() if numbers.ndim == 1}
     return TrainState(state.step + 1, trained, state.frozen, new), metrics
 
 

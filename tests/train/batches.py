@@ -24,11 +24,14 @@ STAGE_2 = (
 )
 
 
+LENGTH, FUSED, TARGETS = 40, 24, 16  # one bucket, so that batches share programs
+
+
 def batch_of(rows, config, pixels=None):
     """Rows, each with the same number of images, and their pixels (N,P,H,W,3) -> arrays of a batch."""
-    layout = lay_out(rows, config)
+    layout = lay_out(rows, config, length=LENGTH, fused=FUSED)
     labelled = layout.labels[:, 1:] != IGNORE_LABEL
-    queries = np.full((len(rows), labelled.sum(axis=1).max()), layout.ids.shape[1] - 1, np.int32)
+    queries = np.full((len(rows), TARGETS), LENGTH - 1, np.int32)
     targets = np.full_like(queries, IGNORE_LABEL)
     for b, found in enumerate(map(np.flatnonzero, labelled)):
         queries[b, : len(found)], targets[b, : len(found)] = found, layout.labels[b, found + 1]

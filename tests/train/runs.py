@@ -8,11 +8,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from data.test_video import make_clip
 from PIL import Image
+from safetensors.numpy import load_file, save_file
+from support import GOLDEN
 
+from conversion.from_hf import Options, compose
 from lmm_jax.checkpoint import leaf_shapes, read_leaf
 from lmm_jax.config import CompressorConfig, DecoderConfig, ModelConfig, VisionConfig
 from train.config import (
@@ -28,7 +32,7 @@ from train.config import (
 )
 
 ROOT = Path(__file__).parents[2]
-TOKENIZER = ROOT / "tests" / "golden" / "text" / "vicuna_tokenizer"
+TOKENIZER = GOLDEN / "text" / "vicuna_tokenizer"
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 220), "black": (0, 0, 0)}
 
 _VISION = VisionConfig(32, 48, num_layers=3, num_heads=4, patch_size=14, image_size=28, name="")
@@ -60,6 +64,20 @@ def write_data(folder: Path, pictures: int = 20, clips: int = 3, texts: int = 6)
     return write_records(folder / "records.json", records)
 
 
+def compose_start(folder: Path) -> Path:
+    """The start of stage 1, a model folder: the golden LLM in float16, the golden CLIP in float32, a random projector."""
+    hf, llm = GOLDEN / "llava_v1_5" / "hf", folder / "llm"
+    llm.mkdir(parents=True)
+    tensors = load_file(hf / "model.safetensors")
+    text = {n: t.astype(np.float16) for n, t in tensors.items() if "mm_projector" not in n and "vision_tower" not in n}
+    save_file(text, llm / "model.safetensors")
+    config = json.loads((hf / "config.json").read_text()) | {"model_type": "llama"}
+    (llm / "config.json").write_text(json.dumps(config))
+    options = Options(tokenizer=str(TOKENIZER), report=lambda _: None)
+    compose(str(llm), str(hf.parent / "clip"), str(folder / "model"), options)
+    return folder / "model"
+
+
 def turns(question: str, answer: str) -> list[dict[str, str]]:
     return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
@@ -74,9 +92,7 @@ def small(folder: Path, records: Path, *, max_steps: int | None = None, **change
     sources = (SourceConfig(str(records)),)
     parts = {
         "start": StartConfig(scratch=MINI, tokenizer=str(TOKENIZER)),
-        "data": DataConfig(
-            sources=sources, batch_size=8, max_length=128, buckets=(), video_frames=2, threads=2, prefetch=2
-        ),
+        "data": DataConfig(sources=sources, batch_size=8, max_length=128, buckets=(), video_frames=2, threads=2, prefetch=2),
         "optimizer": OptimizerConfig(groups=STAGE_2, warmup=0.0),
         "compute": ComputeConfig(mesh="data=1", remat="none"),
         "held_out": HeldOutConfig(every=0, batches=2, answers=2),
@@ -87,23 +103,33 @@ def small(folder: Path, records: Path, *, max_steps: int | None = None, **change
     return TrainConfig(str(folder), max_steps=max_steps, **made)
 
 
-def write_config(config: TrainConfig, file: Path) -> Path:
-    """A configuration as a file for the command line."""
+def projector_only(folder: Path, records: Path, start: Path, *, max_steps: int | None = None, **changes: dict) -> TrainConfig:
+    """A stage 1 from a model folder, on rows of captions; it compiles fast."""
+    parts = {
+        "start": {"scratch": None, "tokenizer": "", "folder": str(start)},
+        "optimizer": {"groups": STAGE_1},
+        "data": {"template": "plain", "max_length": 32},
+    }
+    parts |= {name: parts.get(name, {}) | change for name, change in changes.items()}
+    return small(folder, records, max_steps=max_steps, **parts)
+
+
+def write_config(config: TrainConfig) -> Path:
+    """A configuration as a file for the command line, beside the run's folder."""
+    file = Path(f"{config.folder}.py")
     imports = "from lmm_jax.config import *\nfrom train.config import *\n"
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(f"{imports}\n\ndef get_config():\n    return {config!r}\n")
     return file
 
 
-def launch(config: TrainConfig | Path, *words: str, devices: int = 1, **environment: str) -> subprocess.Popen:
-    """``python -m train`` with a configuration (or words alone), as a process of its own."""
-    if isinstance(config, TrainConfig):
-        file = Path(config.folder).parent / f"{Path(config.folder).name}.py"
-        config = write_config(config, file)
+def launch(config: TrainConfig, *words: str, devices: int = 1, **environment: str) -> subprocess.Popen:
+    """``python -m train`` with a configuration, as a process of its own."""
     flags = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
     flags.append(f"--xla_force_host_platform_device_count={devices}")
     environment = os.environ | {"XLA_FLAGS": " ".join(flags), "PYTHONUNBUFFERED": "1"} | environment
     return subprocess.Popen(
-        [sys.executable, "-m", "train", str(config), *words],
+        [sys.executable, "-m", "train", str(write_config(config)), *words],
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -118,14 +144,14 @@ def wait(process: subprocess.Popen, timeout: float = 300) -> tuple[int, str, str
     return process.returncode, out, err
 
 
-def figures(folder: Path | str, name: str = "loss") -> dict[int, float]:
+def lines(folder: Path | str) -> list[dict[str, Any]]:
+    """What a run wrote down."""
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
+def figures(folder: Path | str, name: str = "loss") -> dict[int, Any]:
     """A figure by step; of steps that were done again the last one counts."""
-    found = {}
-    for line in (Path(folder) / "metrics.jsonl").read_text().splitlines():
-        entry = json.loads(line)
-        if name in entry:
-            found[entry["step"]] = entry[name]
-    return found
+    return {entry["step"]: entry[name] for entry in lines(folder) if name in entry}
 
 
 def leaves(folder: Path | str) -> dict[str, np.ndarray]:

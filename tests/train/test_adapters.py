@@ -11,13 +11,16 @@ from batches import split
 from flax import traverse_util
 from support import relative_error
 
-from lmm_jax import sharding
+from lmm_jax import checkpoint, sharding
 from lmm_jax.config import named_sizes
 from lmm_jax.errors import UserError
 from lmm_jax.models.llava_mini import LlavaMini, abstract_params, init_params
-from train.config import GroupConfig, LoraConfig
+from train.config import GroupConfig, LoraConfig, OptimizerConfig, StartConfig, TrainConfig
+from train.export import write_model_folder
 from train.lora import add_lora, init_lora, merge, take_lora
 from train.optimizer import assign_groups
+from train.setup import Setup, abstract_state, initial_state
+from train.start import abstract_start
 
 CONFIG = named_sizes()["tiny"]
 LORA = LoraConfig(rank=4, alpha=8.0, targets=r"(layers|prefusion_layers)/.*_proj")
@@ -106,3 +109,23 @@ def test_full_size():
 def test_only_the_decoder_can_be_adapted(targets):
     with pytest.raises(UserError, match="layers/"):
         add_lora(abstract_params(CONFIG, sharding.make_mesh()), LoraConfig(rank=4, targets=targets))
+
+
+def params_of(folder):
+    return sharding.leaf_paths(checkpoint.load_params(folder, abstract_params(CONFIG, sharding.make_mesh())))
+
+
+def test_from_a_folder_to_a_folder(tiny, tmp_path):
+    """A run's first state loads the folder and adds adapters; its model folder holds merged kernels and nothing of them."""
+    folder, mesh = tiny("tiny"), sharding.make_mesh("fsdp=2")
+    groups = (GroupConfig(r".*/lora_[ab]", 1e-3), GroupConfig(r"(?!.*/lora_[ab]$).*"))
+    config = TrainConfig("", StartConfig(str(folder)), optimizer=OptimizerConfig(groups), lora=LORA)
+    leaves = sharding.leaf_paths(abstract_start(CONFIG, LORA, mesh, lambda _: jnp.float32))
+    setup = Setup(config, mesh, LlavaMini(CONFIG), None, assign_groups(leaves, groups), np.arange(2))
+    state = initial_state(setup, abstract_state(setup, 10))
+    trained = state.trained | filled(state.trained)
+    write_model_folder(tmp_path / "model", CONFIG, config.start, folder, trained, state.frozen, jnp.float32)
+    written = params_of(tmp_path / "model")
+    assert relative_error(logits(written), logits(trained | state.frozen)) <= 1e-5
+    assert relative_error(logits(written), logits(params_of(folder))) > 1e-2
+    np.testing.assert_array_equal(written["norm/scale"], state.frozen["norm/scale"])
