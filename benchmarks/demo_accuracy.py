@@ -40,7 +40,7 @@ Record = dict[str, Any]
 def main(arguments: list[str] | None = None) -> int:
     """Prints the table; writes figures to --json and answers to --answers."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="a model folder (the demo model)")
+    parser.add_argument("--model", required=True, help="a model folder")
     parser.add_argument("--images", type=int, default=2000, help="pictures (2000)")
     parser.add_argument("--clips", type=int, default=500, help="clips (500)")
     parser.add_argument("--seed", type=int, default=20261120, help="of the scenes")
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--answers", type=Path, help="file for questions and answers, as JSON lines")
     args = parser.parse_args(arguments)
-    model = lmm_jax.load(args.model, mesh=args.mesh) if args.model else lmm_jax.load(mesh=args.mesh)
+    model = lmm_jax.load(args.model, mesh=args.mesh)
     with tempfile.TemporaryDirectory() as folder:
         write_test_set(folder, images=args.images, clips=args.clips, seed=args.seed)
         records = [json.loads(line) for line in (Path(folder) / "questions.jsonl").read_text().splitlines()]

@@ -15,8 +15,8 @@ def get_config() -> TrainConfig:
         data=DataConfig(
             sources=demo.sources("easy", "captions", "images"),
             batch_size=32,
-            max_length=256,
-            buckets=(104, 128, 160, 192),
+            max_length=352,
+            buckets=(92, 104, 112, 128, 144, 160, 192, 224, 256, 288),
             threads=2,
             prefetch=2,
         ),

@@ -10,12 +10,8 @@ if TYPE_CHECKING:
 __all__ = ["load"]
 
 
-def load(folder: str | None = None, **settings: Any) -> Assistant:
-    """A model folder ready to answer; see `lmm_jax.inference.assistant.load` for the settings.
-
-    Without a folder it is the demo model, which knows coloured shapes only (see `lmm_jax.demo`).
-    """
-    from lmm_jax.demo import MODEL
+def load(folder: str, **settings: Any) -> Assistant:
+    """A model folder ready to answer; see `lmm_jax.inference.assistant.load` for the settings."""
     from lmm_jax.inference import assistant  # jax is imported when it is needed
 
-    return assistant.load(folder or MODEL, **settings)
+    return assistant.load(folder, **settings)

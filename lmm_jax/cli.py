@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
-    model.add_argument("--model", metavar="DIR", help="a model folder, made by python -m conversion from-hf (the demo model)")
+    model.add_argument("--model", metavar="DIR", help="a model folder, made by python -m conversion from-hf")
     model.add_argument("--mesh", metavar="SIZES", help="devices to use, as data=1,fsdp=8,tensor=1 (one device)")
     model.add_argument("--dtype", choices=("float32", "bfloat16"), help="of weights and arithmetic (by platform)")
     model.add_argument("--template", choices=TEMPLATES, help="prompt template (the model's own)")
@@ -98,6 +98,8 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _load(args: argparse.Namespace) -> Assistant:
+    if not args.model:
+        raise UserError("no model was given: --model DIR, a folder made by `python -m conversion from-hf SRC DIR`")
     # so many things are checked before seconds of imports and loading
     from lmm_jax.data.image import existing_file
 

@@ -24,7 +24,7 @@ ROOMS = {
     },
     "lmm_jax.cli": {"lmm_jax", "lmm_jax.errors", "lmm_jax.config", "lmm_jax.data", "lmm_jax.inference"},
     "lmm_jax.__main__": {"lmm_jax.cli"},
-    "lmm_jax": {"lmm_jax.inference", "lmm_jax.demo"},
+    "lmm_jax": {"lmm_jax.inference"},
     "lmm_jax.demo": {"lmm_jax.errors", "lmm_jax.config", "lmm_jax.data"},
     "lmm_jax.demo.__main__": {"lmm_jax.demo", "lmm_jax.errors", "lmm_jax.cli"},
     "train": {

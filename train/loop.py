@@ -45,11 +45,13 @@ def train(config: TrainConfig) -> bool:
     setup = prepare(config)
     check_folder(Path(config.folder) / "model")
     data = _data(setup)
+    held, cache = config.held_out, Path(config.folder) / ".cache"
+    held_out = HeldOut(setup, cache) if held.mixture or held.sources else None
     steps = min(len(data.plan), config.max_steps or len(data.plan))
     checkpoints = Checkpoints(config)
     try:
         state = _first_state(setup, checkpoints, steps)
-        run = _Run(setup, data, checkpoints, steps, int(state.step))
+        run = _Run(setup, data, held_out, checkpoints, steps, int(state.step))
         try:
             state, finished = run.go(state)
         finally:
@@ -110,7 +112,9 @@ def _first_state(setup: Setup, checkpoints: Checkpoints, steps: int) -> TrainSta
     state = initial_state(setup, abstract)
     if checkpoints.latest() is None:
         return state
-    restored = checkpoints.restore(abstract.replace(frozen=state.frozen))
+    abstract = abstract.replace(frozen=state.frozen)
+    del state  # its memory is needed
+    restored = checkpoints.restore(abstract)
     logger.info("going on from step %d", checkpoints.latest())
     return restored
 
@@ -118,15 +122,15 @@ def _first_state(setup: Setup, checkpoints: Checkpoints, steps: int) -> TrainSta
 class _Run:
     """The part of a run between its first and its last step."""
 
-    def __init__(self, setup: Setup, data: TrainData, checkpoints: Checkpoints, steps: int, first: int) -> None:
-        self.setup, self.config, self.data, self.checkpoints = setup, setup.config, data, checkpoints
+    def __init__(
+        self, setup: Setup, data: TrainData, held_out: HeldOut | None, checkpoints: Checkpoints, steps: int, first: int
+    ) -> None:
+        self.setup, self.config, self.data, self.held_out, self.checkpoints = setup, setup.config, data, held_out, checkpoints
         self.steps, self.first = steps, first
         folder = Path(self.config.folder)
         self.recorder = Recorder(self.config, first=first, total=steps, writes=jax.process_index() == 0)
         self.report = SkipReport(folder / f"skipped.{jax.process_index()}.jsonl")
         self.rates = setup.learning_rates(steps)
-        held = self.config.held_out
-        self.held_out = HeldOut(setup, folder / ".cache") if held.mixture or held.sources else None
         self.window = _Window(setup)
         self.met = {"seen": len(data.skipped_beforehand), "skipped": len(data.skipped_beforehand)} | checkpoints.met()
         self.stop_asked = self.tracing = False
@@ -157,12 +161,7 @@ class _Run:
             if last or wishes or self._due(done + 1):
                 wishes |= self._look(pending)
                 pending = None
-                if (
-                    last
-                    or wishes
-                    or self.config.record.checkpoint_steps
-                    and not (done + 1) % self.config.record.checkpoint_steps
-                ):
+                if last or wishes or _is_multiple(done + 1, self.config.record.checkpoint_steps):
                     self.checkpoints.save(state, done + 1, self.met)
                     self.saved_at = time.monotonic()
                 self._evaluate(done + 1, state)
@@ -183,7 +182,7 @@ class _Run:
     def _due(self, step: int) -> bool:
         """Whether something needs the state of this very step."""
         every = (self.config.record.checkpoint_steps, self.config.held_out.every if self.held_out else 0)
-        return any(n and not step % n for n in every)
+        return any(_is_multiple(step, n) for n in every)
 
     def _look(self, pending: tuple[int, Batch, dict[str, jax.Array]]) -> dict[str, bool]:
         """Reads the figures of a step (and so waits for it), writes them down, and says what is wanted."""
@@ -225,7 +224,7 @@ class _Run:
 
     def _evaluate(self, step: int, state: TrainState) -> None:
         held = self.config.held_out
-        if self.held_out is None or not (step == self.steps or held.every and not step % held.every):
+        if self.held_out is None or not (step == self.steps or _is_multiple(step, held.every)):
             return
         self.recorder.numbers(step, {"held_out_loss": self.held_out.loss(state)})
         if held.answers and jax.process_count() == 1:
@@ -243,6 +242,10 @@ class _Run:
         else:
             jax.profiler.stop_trace()
         self.tracing = wanted
+
+
+def _is_multiple(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 class _Window:

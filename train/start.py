@@ -101,19 +101,20 @@ def initial_params(start: StartConfig, config: ModelConfig, abstract: Any) -> An
 
 def _first_layers(layers: Any, abstract: Any, config: ModelConfig) -> Any:
     n = config.prefusion_layers
-    if n >= config.decoder.num_layers:
+    if n > config.decoder.num_layers:
         raise UserError(
             f"{n} pre-fusion layers cannot start as the first of {config.decoder.num_layers} decoder layers: "
             "choose another start.prefusion_init"
         )
 
-    def copy(stack: Any) -> Any:
-        copied = {"last": jax.tree.map(lambda x: x[n - 1], stack)}
+    def copy(layers: Any) -> Any:
+        stack = layers.get("stack")
+        copied = {"last": layers["last"] if n == config.decoder.num_layers else jax.tree.map(lambda x: x[n - 1], stack)}
         if n > 1:
             copied["stack"] = jax.tree.map(lambda x: x[: n - 1], stack)
         return jax.tree.map(lambda s, x: x.astype(s.dtype), abstract, copied)
 
-    return jax.jit(copy, out_shardings=jax.tree.map(lambda s: s.sharding, abstract))(layers["stack"])
+    return jax.jit(copy, out_shardings=jax.tree.map(lambda s: s.sharding, abstract))(layers)
 
 
 def _without_outputs(layers: Any) -> Any:

@@ -13,7 +13,7 @@ from flax import linen as nn
 from lmm_jax.config import VisionConfig
 from lmm_jax.data.image import NORMALIZATION_TABLE
 from lmm_jax.models.attention import attend
-from lmm_jax.models.layers import Embed, LayerNorm, Proj, rematerialised
+from lmm_jax.models.layers import Embed, LayerNorm, Proj, rematerialised, residual_gain
 from lmm_jax.sharding import constrain
 
 
@@ -40,7 +40,7 @@ class Attention(nn.Module):
         self.q_proj = Proj((c.hidden_size,), (c.num_heads, c.head_dim), bias=True)
         self.k_proj = Proj((c.hidden_size,), (c.num_heads, c.head_dim), bias=True)
         self.v_proj = Proj((c.hidden_size,), (c.num_heads, c.head_dim), bias=True)
-        self.out_proj = Proj((c.num_heads, c.head_dim), (c.hidden_size,), bias=True)
+        self.out_proj = Proj((c.num_heads, c.head_dim), (c.hidden_size,), bias=True, gain=residual_gain(c.num_layers))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (M,G²+1,Dv) -> same."""
@@ -57,7 +57,7 @@ class MLP(nn.Module):
         """Declares the two projections."""
         c = self.config
         self.fc1 = Proj((c.hidden_size,), (c.intermediate_size,), bias=True)
-        self.fc2 = Proj((c.intermediate_size,), (c.hidden_size,), bias=True)
+        self.fc2 = Proj((c.intermediate_size,), (c.hidden_size,), bias=True, gain=residual_gain(c.num_layers))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (…, Dv) -> same."""
@@ -109,9 +109,9 @@ class Embeddings(nn.Module):
     def setup(self) -> None:
         """Declares the three tables."""
         c = self.config
-        normal = nn.initializers.normal(0.02)
+        normal = nn.initializers.normal(c.hidden_size**-0.5)
         self.class_embedding = self.param("class_embedding", normal, (c.hidden_size,), jnp.float32)
-        self.patch_embedding = Proj((3 * c.patch_size**2,), (c.hidden_size,))
+        self.patch_embedding = Proj((3 * c.patch_size**2,), (c.hidden_size,), gain=0.2)  # else positions drown
         self.position_embedding = Embed(c.grid**2 + 1, c.hidden_size)
 
     def __call__(self, pixels: jax.Array) -> jax.Array:

@@ -37,17 +37,19 @@ class Proj(nn.Module):
       outputs: sizes of the axes that replace them.
       bias: whether one is added.
       float32: whether y is float32 whatever x is, as logits are.
+      gain: of a new kernel, whose deviation is gain · (number of inputs)^-½.
     """
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     bias: bool = False
     float32: bool = False
+    gain: float = 1.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (…, *inputs) -> (…, *outputs), in the dtype of x, or float32."""
-        init = nn.initializers.normal(math.prod(self.inputs) ** -0.5)
+        init = nn.initializers.normal(self.gain * math.prod(self.inputs) ** -0.5)
         kernel = self.param("kernel", init, (*self.inputs, *self.outputs), jnp.float32)
         dtype = jnp.float32 if self.float32 else None
         y = jnp.tensordot(x, kernel.astype(x.dtype), axes=len(self.inputs), preferred_element_type=dtype)
@@ -59,6 +61,11 @@ class Proj(nn.Module):
         return y
 
 
+def residual_gain(layers: int) -> float:
+    """Gain of what is added to the residual stream, so that `layers` layers of two such leave its scale as it is."""
+    return (2 * layers) ** -0.5
+
+
 class Embed(nn.Module):
     """A table of vectors: parameter `embedding` (rows, width)."""
 
@@ -67,7 +74,9 @@ class Embed(nn.Module):
 
     def setup(self) -> None:
         """Declares the table."""
-        self.embedding = self.param("embedding", nn.initializers.normal(0.02), (self.rows, self.width), jnp.float32)
+        self.embedding = self.param(
+            "embedding", nn.initializers.normal(self.width**-0.5), (self.rows, self.width), jnp.float32
+        )
 
     def __call__(self) -> jax.Array:
         """The whole table (rows, width)."""
@@ -105,16 +114,17 @@ class LayerNorm(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """LLaMA's MLP: down(silu(gate(x)) · up(x))."""
+    """LLaMA's MLP: down(silu(gate(x)) · up(x)); `gain` as of `Proj`, of the down projection."""
 
     width: int
     hidden: int
+    gain: float = 1.0
 
     def setup(self) -> None:
         """Declares the three projections."""
         self.gate_proj = Proj((self.width,), (self.hidden,))
         self.up_proj = Proj((self.width,), (self.hidden,))
-        self.down_proj = Proj((self.hidden,), (self.width,))
+        self.down_proj = Proj((self.hidden,), (self.width,), gain=self.gain)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (…, D) -> (…, D)."""

@@ -55,7 +55,7 @@ class Attention(nn.Module):
         self.q_proj = layers.Proj((c.hidden_size,), (c.num_heads, c.head_dim))
         self.k_proj = layers.Proj((c.hidden_size,), (c.num_kv_heads, c.head_dim))
         self.v_proj = layers.Proj((c.hidden_size,), (c.num_kv_heads, c.head_dim))
-        self.o_proj = layers.Proj((c.num_heads, c.head_dim), (c.hidden_size,))
+        self.o_proj = layers.Proj((c.num_heads, c.head_dim), (c.hidden_size,), gain=layers.residual_gain(c.num_layers))
 
     def __call__(
         self, x: jax.Array, prefix: KV | None, cache: KV | None, layer: jax.Array | None, step: Step
@@ -122,7 +122,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = layers.RMSNorm(c.rms_norm_eps)
         self.self_attn = Attention(c)
         self.post_attention_layernorm = layers.RMSNorm(c.rms_norm_eps)
-        self.mlp = layers.SwiGLU(c.hidden_size, c.intermediate_size)
+        self.mlp = layers.SwiGLU(c.hidden_size, c.intermediate_size, layers.residual_gain(c.num_layers))
 
     def __call__(self, carry: tuple, inputs: tuple, step: Step) -> tuple[tuple, KV | None]:
         """(x (B,T,D), cache), (layer index, prefix) -> ((x (B,T or Q,D), cache), keys and values if step.keep)."""

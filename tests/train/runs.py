@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +105,10 @@ def small(folder: Path, records: Path, *, max_steps: int | None = None, **change
     return TrainConfig(str(folder), max_steps=max_steps, **made)
 
 
-def projector_only(folder: Path, records: Path, start: Path, *, max_steps: int | None = None, **changes: dict) -> TrainConfig:
+def projector_only(folder: Path, records: Path, model: Path, *, max_steps: int | None = None, **changes: dict) -> TrainConfig:
     """A stage 1 from a model folder, on rows of captions; it compiles fast."""
     parts = {
-        "start": {"scratch": None, "tokenizer": "", "folder": str(start)},
+        "start": {"scratch": None, "tokenizer": "", "folder": str(model)},
         "optimizer": {"groups": STAGE_1},
         "data": {"template": "plain", "max_length": 32},
     }
@@ -123,35 +125,58 @@ def write_config(config: TrainConfig) -> Path:
     return file
 
 
-def launch(config: TrainConfig, *words: str, devices: int = 1, **environment: str) -> subprocess.Popen:
-    """``python -m train`` with a configuration, as a process of its own."""
-    flags = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
+def launch(config: TrainConfig, *, devices: int = 1, **environment: str) -> subprocess.Popen:
+    """``python -m train`` with a configuration, as a process of its own; see `log` for what it says."""
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
     flags.append(f"--xla_force_host_platform_device_count={devices}")
-    environment = os.environ | {"XLA_FLAGS": " ".join(flags), "PYTHONUNBUFFERED": "1"} | environment
-    return subprocess.Popen(
-        [sys.executable, "-m", "train", str(write_config(config)), *words],
-        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "train", str(write_config(config))]
+    environment = os.environ | {"XLA_FLAGS": " ".join(flags)} | environment
+    with log_file(config, environment).open("w") as out:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
 
 
-def wait(process: subprocess.Popen, timeout: float = 300) -> tuple[int, str, str]:
-    """Its exit status, standard output and standard error."""
+def log_file(config: TrainConfig, environment: Mapping[str, str]) -> Path:
+    return Path(f"{config.folder}.{environment.get('LMM_PROCESS', '0')}.log")
+
+
+def log(config: TrainConfig, process: int = 0) -> str:
+    """What the last start of a run has said."""
+    return log_file(config, {"LMM_PROCESS": str(process)}).read_text("utf-8")
+
+
+def wait(process: subprocess.Popen, timeout: float = 300) -> int:
+    """Its exit status; it is killed when it takes too long."""
     try:
-        out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
+        return process.wait(timeout)
+    finally:
         process.kill()
-        raise
-    return process.returncode, out, err
+
+
+def until(holds: Callable[[], Any], process: subprocess.Popen, timeout: float = 300) -> None:
+    """Waits for something that a running process is to bring about."""
+    end = time.monotonic() + timeout
+    while not holds():
+        if process.poll() is not None or time.monotonic() > end:
+            process.kill()
+            raise AssertionError(f"it did not happen; exit status {process.poll()}")
+        time.sleep(0.005)
 
 
 def lines(folder: Path | str) -> list[dict[str, Any]]:
-    """What a run wrote down."""
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text("utf-8").splitlines()]
+    """What a run wrote down, up to the last whole line of one that is still writing."""
+    file = Path(folder) / "metrics.jsonl"
+    text = file.read_text("utf-8") if file.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def figures(folder: Path | str, name: str = "loss") -> dict[int, Any]:
     """A figure by step; of steps that were done again the last one counts."""
     return {entry["step"]: entry[name] for entry in lines(folder) if name in entry}
+
+
+def saved(folder: Path | str) -> list[int]:
+    """Steps of the complete checkpoints."""
+    return sorted(int(p.name) for p in Path(folder, "checkpoints").glob("*") if p.name.isdigit())
 
 
 def leaves(folder: Path | str) -> dict[str, np.ndarray]:

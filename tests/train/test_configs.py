@@ -35,7 +35,7 @@ TRAINED = {  # configuration -> the model it starts from, the one it trains, and
     "stage2_hd_vicuna_7b": (VICUNA, SIZES["llava-mini-hd-vicuna-7b"], (0.95, 0.97)),
     "stage2_lora_vicuna_7b": (VICUNA, SIZES["llava-mini-vicuna-7b"], (0.14, 0.17)),
     "llava_v1_5_stage1_vicuna_7b": (VICUNA, VICUNA, (0.002, 0.004)),
-    "llava_v1_5_vicuna_7b": (VICUNA, VICUNA, (0.95, 0.97)),
+    "llava_v1_5_vicuna_7b": (VICUNA, SIZES["llava-v1.5-7b"], (0.95, 0.97)),
 }
 
 

@@ -1,0 +1,97 @@
+"""Two processes of four devices each train, stop, resume and write one run, as one process of eight devices does."""
+
+import shutil
+import signal
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runs import compose_start, figures, launch, leaves, log, saved, small, until, wait, write_data
+
+from train.config import SourceConfig
+from train.loop import train
+
+MESHES = ("data=2,fsdp=2,tensor=2", "tensor=8", "fsdp=4")
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """The start of stage 1: an LLM in float16 and a CLIP in float32."""
+    return compose_start(tmp_path_factory.mktemp("start"))
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """Pictures, one of them missing, and text."""
+    file = write_data(tmp_path_factory.mktemp("data"), pictures=36, clips=0, texts=9)
+    (file.parent / "5.png").unlink()
+    return file
+
+
+def run_of(folder, records, start, mesh):
+    """Everything that processes share: leaves read and made, records skipped, held-out records, checkpoints, export."""
+    begin = {"scratch": None, "tokenizer": "", "folder": str(start), "compressor_size": 1, "prefusion_layers": 2}
+    return small(
+        folder,
+        records,
+        start=begin | {"prefusion_init": "identity"},
+        data={"max_skipped": 0.2},
+        compute={"mesh": mesh},
+        held_out={"sources": (SourceConfig(str(records), sampling="first:8"),), "every": 3, "batches": 1, "answers": 0},
+    )
+
+
+def launch_two(config):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    shared = {"LMM_COORDINATOR": f"localhost:{port}", "LMM_PROCESSES": "2"}
+    return [launch(config, devices=4, **shared, LMM_PROCESS=str(i)) for i in range(2)]
+
+
+def both(config, processes):
+    """Their exit statuses, and what both have said."""
+    statuses = [wait(process) for process in processes]
+    return statuses, "\n".join(log(config, i) for i in range(2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES[:2])
+def test_as_one_process(records, start, tmp_path, mesh):
+    one, two = (run_of(tmp_path / name, records, start, mesh) for name in ("one", "two"))
+    assert train(one)
+
+    processes = launch_two(two)
+    until(lambda: figures(two.folder), processes[0])
+    processes[1].send_signal(signal.SIGTERM)
+    statuses, said = both(two, processes)
+    assert statuses == [143, 143], said
+    stopped = saved(two.folder)[-1]
+    assert stopped >= 3 and said.count(f"asked to stop: saved step {stopped} of 7") == 2, said
+    assert not Path(two.folder, "model").exists()
+    shutil.copytree(two.folder, tmp_path / "onto")
+
+    statuses, said = both(two, launch_two(two))
+    assert statuses == [0, 0], said
+    assert said.count(f"going on from step {stopped}") == 2
+    assert_close(one, two)
+
+    onto = run_of(tmp_path / "onto", records, start, MESHES[2])
+    assert train(onto)
+    assert_close(one, onto)
+
+
+def assert_close(one, other):
+    assert sorted(figures(one.folder)) == [1, 2, 3, 4, 5, 6, 7]
+    for name in ("loss", "grad_norm", "held_out_loss"):
+        assert figures(other.folder, name) == pytest.approx(figures(one.folder, name), rel=1e-5), name
+    assert figures(other.folder, "skipped") == figures(one.folder, "skipped")
+    assert figures(one.folder, "skipped")[7] == 1
+    reports = [p.read_text().splitlines() for p in Path(other.folder).glob("skipped.*.jsonl")]
+    assert len({line for report in reports for line in report}) == 1
+
+    expected, got = (leaves(Path(run.folder, "model")) for run in (one, other))
+    assert {n: (a.shape, a.dtype) for n, a in got.items()} == {n: (a.shape, a.dtype) for n, a in expected.items()}
+    errors = {name: np.abs(a.astype(np.float64) - expected[name]).max() for name, a in got.items()}
+    assert max(errors.values()) <= 1e-5, errors
