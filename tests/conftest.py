@@ -6,6 +6,8 @@ import os
 
 # compiling is most of the suite's time, and the models are tiny: spend little on optimising them
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+# without this, simulated devices meet at their collectives in different orders and wait for each other forever
+FLAGS += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 # tests share what they compile, also with the next run

@@ -19,8 +19,10 @@ from safetensors.numpy import load_file, save_file
 from support import GOLDEN
 
 from conversion.from_hf import Options, compose
-from lmm_jax.checkpoint import leaf_shapes, read_leaf
+from lmm_jax.checkpoint import leaf_shapes, read_leaf, unstack, write_model
 from lmm_jax.config import CompressorConfig, DecoderConfig, ModelConfig, VisionConfig
+from lmm_jax.models.llava_mini import init_params
+from lmm_jax.sharding import make_mesh
 from train.config import (
     ComputeConfig,
     DataConfig,
@@ -37,8 +39,10 @@ ROOT = Path(__file__).parents[2]
 TOKENIZER = GOLDEN / "text" / "vicuna_tokenizer"
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 220), "black": (0, 0, 0)}
 
-_VISION = VisionConfig(32, 48, num_layers=3, num_heads=4, patch_size=14, image_size=28, name="")
-_DECODER = DecoderConfig(512, 32, 48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, max_position_embeddings=512)
+_VISION = VisionConfig(32, 48, num_layers=2, num_heads=4, patch_size=14, image_size=28, name="")
+_DECODER = DecoderConfig(512, 32, 48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, max_position_embeddings=512)
+# Two layers, so that a scan has one step and becomes no loop: on simulated devices the collectives of a loop and those
+# around it have no common order, and may wait for each other for ever.
 MINI = ModelConfig(_VISION, _DECODER, CompressorConfig(1), prefusion_layers=2)
 V1_5 = dataclasses.replace(MINI, compressor=None, prefusion_layers=0)
 
@@ -78,6 +82,13 @@ def compose_start(folder: Path) -> Path:
     options = Options(tokenizer=str(TOKENIZER), report=lambda _: None)
     compose(str(llm), str(hf.parent / "clip"), str(folder / "model"), options)
     return folder / "model"
+
+
+def write_start(folder: Path) -> Path:
+    """A small LLaVA-v1.5 with random weights, a model folder."""
+    weights = unstack(init_params(V1_5, make_mesh(), seed=1))
+    write_model(folder, V1_5, weights, files=sorted(TOKENIZER.iterdir()))
+    return folder
 
 
 def turns(question: str, answer: str) -> list[dict[str, str]]:

@@ -1,24 +1,27 @@
 """Two processes of four devices each train, stop, resume and write one run, as one process of eight devices does."""
 
+import dataclasses
 import shutil
 import signal
 import socket
 from pathlib import Path
 
-import numpy as np
 import pytest
-from runs import compose_start, figures, launch, leaves, log, saved, small, until, wait, write_data
+from runs import STAGE_2, figures, launch, leaves, log, saved, small, until, wait, write_data, write_start
+from support import relative_error
 
 from train.config import SourceConfig
 from train.loop import train
 
 MESHES = ("data=2,fsdp=2,tensor=2", "tensor=8", "fsdp=4")
+# low rates: where a gradient is rounding alone, as of the keys' biases, AdamW takes steps of that size all the same
+GROUPS = tuple(dataclasses.replace(g, learning_rate=g.learning_rate and g.learning_rate / 10) for g in STAGE_2)
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """The start of stage 1: an LLM in float16 and a CLIP in float32."""
-    return compose_start(tmp_path_factory.mktemp("start"))
+    """A model folder without compressor and pre-fusion layers."""
+    return write_start(tmp_path_factory.mktemp("start") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +40,7 @@ def run_of(folder, records, start, mesh):
         records,
         start=begin | {"prefusion_init": "identity"},
         data={"max_skipped": 0.2},
+        optimizer={"groups": GROUPS},
         compute={"mesh": mesh},
         held_out={"sources": (SourceConfig(str(records), sampling="first:8"),), "every": 3, "batches": 1, "answers": 0},
     )
@@ -93,5 +97,5 @@ def assert_close(one, other):
 
     expected, got = (leaves(Path(run.folder, "model")) for run in (one, other))
     assert {n: (a.shape, a.dtype) for n, a in got.items()} == {n: (a.shape, a.dtype) for n, a in expected.items()}
-    errors = {name: np.abs(a.astype(np.float64) - expected[name]).max() for name, a in got.items()}
-    assert max(errors.values()) <= 1e-5, errors
+    errors = {name: relative_error(a, expected[name]) for name, a in got.items()}
+    assert not {name: error for name, error in errors.items() if error > 1e-4}
