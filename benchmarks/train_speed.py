@@ -5,7 +5,8 @@
 prints a Markdown table and writes benchmarks/train_speed.json. The other interpreter needs torch and transformers; it runs
 benchmarks/train_speed_torch.py, which says what that loop is. Both train the demo model's sizes in stage 2 (vision encoder
 frozen) in float32 on the processor, from the same weights, on the same batches of the demo world, which lie in memory: a
-step is batch to device, forward, backward, clipping, AdamW. The two take turns within one run, so that a busy machine slows both.
+step is batch to device, forward, backward, clipping, AdamW. The two take turns within one run, on a machine that should have
+nothing else to do: where processors are shared, PyTorch's threads lose more, because they wait for one another by spinning.
 
 Before anything is measured both take the same first steps, and their losses must agree: the work is the same.
 """

@@ -20,7 +20,7 @@ def blocks(page, language):
 def checkout(tmp_path_factory):
     """A folder in which the README's commands can write."""
     folder = tmp_path_factory.mktemp("checkout")
-    for name in ("tests", "examples", "conversion", "lmm_jax"):
+    for name in ("tests", "examples", "conversion", "lmm_jax", "train"):
         (folder / name).symlink_to(ROOT / name)
     return folder
 

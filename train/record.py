@@ -41,7 +41,7 @@ class Recorder:
         if config.record.wandb:
             self._wandb = _wandb(config)
         self._lines = _whole_lines(folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first or None)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
         self._bar = tqdm(total=total, initial=first, unit="step", desc=folder.name, dynamic_ncols=True, mininterval=1.0)
 
     def advance(self, step: int) -> None:
