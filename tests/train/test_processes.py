@@ -98,4 +98,5 @@ def assert_close(one, other):
     expected, got = (leaves(Path(run.folder, "model")) for run in (one, other))
     assert {n: (a.shape, a.dtype) for n, a in got.items()} == {n: (a.shape, a.dtype) for n, a in expected.items()}
     errors = {name: relative_error(a, expected[name]) for name, a in got.items()}
+    errors.pop("compressor.attn.k_proj.bias")  # softmax does not see it: its gradient is rounding, which AdamW blows up
     assert not {name: error for name, error in errors.items() if error > 1e-4}
