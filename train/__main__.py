@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import runpy
@@ -15,7 +16,9 @@ from train.config import TrainConfig
 
 USAGE = """\
 usage: python -m train CONFIG [--field value ...]        train, or go on with, a run
-       python -m train inspect-data CONFIG [...]         what a run would read, without loading a model
+       python -m train inspect-data [--samples 3] [--media 100] CONFIG [...]
+                                                         what a run would read, without loading a model; shows some
+                                                         records, tries the pictures and videos of some others
        python -m train export CONFIG [...]               write the model folder of a run's last checkpoint
        python -m train CONFIG --help                     all fields of a configuration
 
@@ -114,12 +117,22 @@ def _export(words: Sequence[str]) -> int:
 
 
 def _inspect(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--samples", type=int, default=3)
+    parser.add_argument("--media", type=int, default=100)
+    try:
+        own, words = parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        raise UserError(f"inspect-data: {error}") from error
+    if own.samples < 0 or own.media < 0:
+        raise UserError(f"inspect-data takes numbers from 0 on, not --samples {own.samples} --media {own.media}")
     config = _config(words)
     from lmm_jax.data.tokenize import Tokenizer
     from train.inspect_data import inspect
     from train.start import model_config, tokenizer_folder
 
-    inspect(config, model_config(config.start), Tokenizer.load(tokenizer_folder(config.start)))
+    tokenizer = Tokenizer.load(tokenizer_folder(config.start))
+    inspect(config, model_config(config.start), tokenizer, samples=own.samples, media=own.media)
     return 0
 
 

@@ -109,9 +109,10 @@ class GroupConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with warm-up and cosine decay.
+    """An optimiser with warm-up and cosine decay.
 
     Attributes:
+      method: "adamw", as published; "muon" for the matrices inside layers, AdamW for all else: far fewer samples from scratch.
       groups: every parameter belongs to exactly one; otherwise the run does not start and all offenders are listed.
       warmup: share of all steps.
       final: learning rate at the end, as a share of the peak.
@@ -120,6 +121,7 @@ class OptimizerConfig:
       accumulation: parts that a global batch is computed in, one after the other.
     """
 
+    method: Literal["adamw", "muon"] = "adamw"
     groups: tuple[GroupConfig, ...] = ()
     warmup: float = 0.03
     final: float = 0.0
@@ -229,6 +231,10 @@ def _check(c: TrainConfig) -> None:
         faults.append("epochs, max_length and video_frames must be positive")
     if list(d.buckets) != sorted(set(d.buckets)) or any(b < 2 for b in d.buckets):
         faults.append(f"buckets {d.buckets} do not ascend")
+    if d.threads < 1 or d.prefetch < 1 or d.seed < 0 or c.start.seed < 0:
+        faults.append("threads and prefetch must be positive, seeds not negative")
+    if o.method not in ("adamw", "muon"):
+        faults.append(f"method {o.method!r} is neither adamw nor muon")
     if not 0 <= d.max_skipped <= 1:
         faults.append(f"max_skipped {d.max_skipped} is no share between 0 and 1")
     if not 0 <= o.warmup <= 1 or not 0 <= o.final <= 1:

@@ -20,8 +20,8 @@ from lmm_jax.config import DecoderConfig, ModelConfig, VisionConfig
 Trained = Callable[[str], bool]
 
 # Dense bfloat16 FLOP/s of one jax device. Google: docs.cloud.google.com/tpu/docs, the pages v4, v5e, v5p, v6e and tpu7x, "peak
-# compute per chip"; a chip of TPU7x is two devices. NVIDIA: www.nvidia.com/en-us/data-center, the pages a100, h100, h200 and
-# dgx-b200, where figures "with sparsity" are halved.
+# compute per chip"; a chip of TPU7x is two devices. NVIDIA: data sheets of A100, H100, H200 and DGX B200 as others
+# quote them, figures "with sparsity" halved.
 _PEAK: tuple[tuple[str, float], ...] = (
     (r"TPU v4", 275e12),
     (r"TPU v5( lite|e)", 197e12),

@@ -1,11 +1,13 @@
-"""AdamW by groups of parameters, each leaf in exactly one group (spec section 10)."""
+"""AdamW or Muon by groups of parameters, each leaf in exactly one group (spec section 10)."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 
+import jax
 import optax
+import optax.contrib
 
 from lmm_jax.errors import UserError
 from train.config import GroupConfig, OptimizerConfig
@@ -48,19 +50,45 @@ def schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Schedule
 
 
 def make_optimizer(config: OptimizerConfig, groups: dict[str, GroupConfig], steps: int) -> optax.GradientTransformation:
-    """Clipping by the global norm of all trained parameters, then AdamW with each group's own rate and decay.
+    """Clipping by the global norm of all trained parameters, then AdamW or Muon with each group's own rate and decay.
 
     Args:
       config: of the run.
       groups: of the trained parameters, path -> group; the parameters are a flat dict with these paths.
       steps: of the whole run, for the schedule.
     """
-    distinct = sorted({g.pattern: g for g in groups.values()}.items())
-    adamw = {
-        pattern: optax.adamw(
-            schedule(config, g.learning_rate, steps), config.b1, config.b2, config.eps, weight_decay=g.weight_decay
-        )
-        for pattern, g in distinct
-    }
-    update = optax.multi_transform(adamw, {path: g.pattern for path, g in groups.items()})
+    distinct = {g.pattern: g for g in groups.values()}
+    methods = {pattern: _method(config, distinct[pattern], steps) for pattern in sorted(distinct)}
+    update = optax.multi_transform(methods, {path: g.pattern for path, g in groups.items()})
     return optax.chain(optax.clip_by_global_norm(config.clip), update) if config.clip else update
+
+
+def _method(config: OptimizerConfig, group: GroupConfig, steps: int) -> optax.GradientTransformation:
+    """What updates the parameters of one group."""
+    rate = schedule(config, group.learning_rate, steps)
+    if config.method == "adamw":
+        return optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=group.weight_decay)
+    return optax.contrib.muon(
+        rate,
+        eps=config.eps,
+        weight_decay=group.weight_decay,
+        adam_b1=config.b1,
+        adam_b2=config.b2,
+        adam_weight_decay=group.weight_decay,
+        muon_weight_dimension_numbers=lambda params: {path: matrix_axes(path, leaf) for path, leaf in params.items()},
+        consistent_rms=0.2,  # updates as large as AdamW's, so that one learning rate serves both (arXiv 2502.16982)
+    )
+
+
+def matrix_axes(path: str, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+    """Which axes of a parameter are a matrix's rows and columns; None for one that Muon leaves to AdamW.
+
+    Matrices are the kernels inside layers, all heads of an attention together, each layer of a stack on its own: not
+    embeddings, the patches' and the vocabulary's projection, norms, biases and adapters.
+    """
+    *_, module, name = path.split("/")
+    if name != "kernel" or module in ("patch_embedding", "lm_head"):
+        return None
+    axes = tuple(range(path.count("/stack/"), leaf.ndim))
+    rows = len(axes) - 1 if module in ("o_proj", "out_proj") else 1
+    return optax.contrib.MuonDimensionNumbers(axes[:rows], axes[rows:])
