@@ -27,7 +27,7 @@ def main() -> None:
     share = 200 if quick else 1
 
     # 1. Conversations about pictures and clips: LLaVA JSON beside PNG and MP4 files.
-    write_dataset(OUT / "easy", images=16000 // share, clips=0, seed=100, objects=(1, 2))
+    write_dataset(OUT / "easy", images=16000 // share, clips=0, seed=100, objects=(1, 1))
     write_dataset(OUT / "world", images=60000 // share, clips=12000 // share, seed=200, turns=(4, 10))
     write_dataset(OUT / "held_out", images=600 // share + 8, clips=150 // share + 8, seed=300)
 

@@ -80,14 +80,14 @@ def _method(config: OptimizerConfig, group: GroupConfig, steps: int) -> optax.Gr
     )
 
 
-def matrix_axes(path: str, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+def matrix_axes(path: str, leaf: jax.Array | optax.MaskedNode) -> optax.contrib.MuonDimensionNumbers | None:
     """Which axes of a parameter are a matrix's rows and columns; None for one that Muon leaves to AdamW.
 
     Matrices are the kernels inside layers, all heads of an attention together, each layer of a stack on its own: not
-    embeddings, the patches' and the vocabulary's projection, norms, biases and adapters.
+    embeddings, the patches' and the vocabulary's projection, norms, biases and adapters, nor what is in another group.
     """
     *_, module, name = path.split("/")
-    if name != "kernel" or module in ("patch_embedding", "lm_head"):
+    if isinstance(leaf, optax.MaskedNode) or name != "kernel" or module in ("patch_embedding", "lm_head"):
         return None
     axes = tuple(range(path.count("/stack/"), leaf.ndim))
     rows = len(axes) - 1 if module in ("o_proj", "out_proj") else 1
