@@ -20,7 +20,7 @@ def get_config() -> TrainConfig:
             threads=2,
             prefetch=2,
         ),
-        optimizer=OptimizerConfig("muon", demo.everything(5e-4), final=0.5, clip=1.0, b2=0.98),
+        optimizer=OptimizerConfig(demo.everything(5e-4), final=0.5, clip=1.0, b2=0.98, method="muon"),
         compute=ComputeConfig(remat="none"),
         held_out=HeldOutConfig(sources=demo.sources("held_out", "images"), every=500, batches=8, answers=6),
         record=RecordConfig(checkpoint_minutes=5.0, checkpoint_steps=0, log_steps=25),

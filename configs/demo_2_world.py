@@ -17,5 +17,5 @@ def get_config() -> TrainConfig:
         folder=f"{demo.FOLDER}/2_world",
         start=StartConfig(folder=f"{easy.folder}/model"),
         data=dataclasses.replace(easy.data, sources=demo.sources("world", "captions", "images"), epochs=2),
-        optimizer=OptimizerConfig("muon", demo.everything(5e-4), final=0.1, warmup=0.02, clip=1.0, b2=0.98),
+        optimizer=OptimizerConfig(demo.everything(5e-4), final=0.1, warmup=0.02, clip=1.0, b2=0.98, method="muon"),
     )

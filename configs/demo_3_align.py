@@ -20,6 +20,6 @@ def get_config() -> TrainConfig:
         data=dataclasses.replace(
             before.data, template="plain", sources=demo.sources("world", "captions", sampling="first:8000")
         ),
-        optimizer=OptimizerConfig("muon", groups, clip=0.5),
+        optimizer=OptimizerConfig(groups, clip=0.5, method="muon"),
         held_out=dataclasses.replace(before.held_out, sources=demo.sources("held_out", "captions"), answers=0),
     )

@@ -24,7 +24,7 @@ def get_config() -> TrainConfig:
             sources=demo.sources("world", "captions", "images", "clip_captions", "clips"),
             buckets=demo.MINI_BUCKETS,
         ),
-        optimizer=OptimizerConfig("muon", groups, final=0.05, clip=1.0, b2=0.98),
+        optimizer=OptimizerConfig(groups, final=0.05, clip=1.0, b2=0.98, method="muon"),
         held_out=dataclasses.replace(before.held_out, sources=demo.sources("held_out", "images", "clips"), answers=8),
         record=RecordConfig(checkpoint_minutes=5.0, checkpoint_steps=0, log_steps=25, model_dtype="bfloat16"),
     )

@@ -16,6 +16,6 @@ def get_config() -> TrainConfig:
     return dataclasses.replace(
         run,
         folder="runs/llava_v1_5_stage1_vicuna_7b",
-        data=dataclasses.replace(run.data, max_length=2048),
+        data=dataclasses.replace(run.data, max_length=2048, buckets=(640, 768, 1024)),
         optimizer=dataclasses.replace(run.optimizer, clip=1.0),
     )

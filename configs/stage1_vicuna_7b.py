@@ -13,7 +13,14 @@ def get_config() -> TrainConfig:
     return TrainConfig(
         folder="runs/stage1_vicuna_7b",
         start=StartConfig(folder="models/vicuna_7b_clip"),
-        data=DataConfig(mixture=CAPTIONS, template="plain", batch_size=256, epochs=1, max_length=4096),
+        data=DataConfig(
+            mixture=CAPTIONS,
+            template="plain",
+            batch_size=256,
+            epochs=1,
+            max_length=4096,
+            buckets=(640, 768, 1024, 2048),  # nearly all rows are a picture's 576 tokens and a short caption
+        ),
         optimizer=OptimizerConfig(STAGE_1, warmup=0.03, clip=0.5),
         compute=ComputeConfig(dtype="bfloat16"),
     )

@@ -15,7 +15,7 @@ from lmm_jax.demo.dataset import write_dataset
 from lmm_jax.demo.tokenizer import write_tokenizer
 
 ROOT = Path(__file__).parent.parent
-OUT = Path("out/demo")
+OUT = ROOT / "out" / "demo"
 RUNS = ("demo_1_easy", "demo_2_world", "demo_3_align", "demo_4_mini")
 
 

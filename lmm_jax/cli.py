@@ -104,7 +104,7 @@ def _load(args: argparse.Namespace) -> Assistant:
     from lmm_jax.data.image import existing_file
 
     for file, kind in [*((f, "picture") for f in getattr(args, "image", [])), (getattr(args, "video", None), "video")]:
-        if file:
+        if file and not (kind == "video" and os.path.isdir(file)):  # a folder of frames
             existing_file(file, kind)
 
     from lmm_jax import load

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from lmm_jax.cli import run_command
+from lmm_jax.cluster import HELP, join_processes
 from lmm_jax.errors import UserError
 from train.config import TrainConfig
 
-USAGE = """\
+USAGE = f"""\
 usage: python -m train CONFIG [--field value ...]        train, or go on with, a run
        python -m train inspect-data [--samples 3] [--media 100] CONFIG [...]
                                                          what a run would read, without loading a model; shows some
                                                          records, tries the pictures and videos of some others
-       python -m train export CONFIG [...]               write the model folder of a run's last checkpoint
+       python -m train export [--step N] CONFIG [...]    write the model folder of a run's last, or Nth, checkpoint
        python -m train CONFIG --help                     all fields of a configuration
 
 CONFIG is a Python file with a function get_config() -> train.config.TrainConfig, as those in configs/.
-The same command again goes on with a run that was stopped. On several machines start one process on each;
-LMM_COORDINATOR=host:port, LMM_PROCESSES=n and LMM_PROCESS=i say who is who, where the cluster (a TPU pod, SLURM)
-does not: LMM_COORDINATOR=auto then asks it."""
+The same command again goes on with a run that was stopped. {HELP}"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,8 +37,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def run() -> None:
         nonlocal status
-        if not words:
-            raise UserError(f"{command} needs a configuration, as configs/stage1_vicuna_7b.py")
         status = _COMMANDS[command](words)
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -51,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _config(words: Sequence[str]) -> TrainConfig:
     import tyro
 
+    if not words:
+        raise UserError("there is no configuration: give a Python file, as configs/stage1_vicuna_7b.py")
     file = Path(words[0])
     if not file.is_file():
         raise UserError(f"there is no configuration {file}: give a Python file, as configs/stage1_vicuna_7b.py")
@@ -73,29 +71,9 @@ def _config(words: Sequence[str]) -> TrainConfig:
     )
 
 
-def _join_processes() -> None:
-    """Makes the processes of a cluster one program; must come before any use of a device."""
-    import jax
-
-    address, who = os.environ.get("LMM_COORDINATOR"), {}
-    if not address:
-        return
-    if address != "auto":
-        try:
-            count, own = int(os.environ["LMM_PROCESSES"]), int(os.environ["LMM_PROCESS"])
-        except (KeyError, ValueError) as error:
-            raise UserError("LMM_COORDINATOR=host:port also needs LMM_PROCESSES and LMM_PROCESS, two numbers") from error
-        who = {"coordinator_address": address, "num_processes": count, "process_id": own}
-    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is the loop's own affair
-    try:
-        jax.distributed.initialize(**who)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"the processes do not find each other at LMM_COORDINATOR={address}: {error}") from error
-
-
 def _train(words: Sequence[str]) -> int:
     config = _config(words)
-    _join_processes()
+    join_processes()
     from lmm_jax.inference.assistant import use_compilation_cache
     from train.loop import DivergedError, train
 
@@ -108,24 +86,17 @@ def _train(words: Sequence[str]) -> int:
 
 
 def _export(words: Sequence[str]) -> int:
+    own, words = _own("export", words, step=None)
     config = _config(words)
-    _join_processes()
+    join_processes()
     from train.loop import export_checkpoint
 
-    print(export_checkpoint(config))
+    print(export_checkpoint(config, own.step))
     return 0
 
 
 def _inspect(words: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--samples", type=int, default=3)
-    parser.add_argument("--media", type=int, default=100)
-    try:
-        own, words = parser.parse_known_args(words)
-    except argparse.ArgumentError as error:
-        raise UserError(f"inspect-data: {error}") from error
-    if own.samples < 0 or own.media < 0:
-        raise UserError(f"inspect-data takes numbers from 0 on, not --samples {own.samples} --media {own.media}")
+    own, words = _own("inspect-data", words, samples=3, media=100)
     config = _config(words)
     from lmm_jax.data.tokenize import Tokenizer
     from train.inspect_data import inspect
@@ -134,6 +105,20 @@ def _inspect(words: Sequence[str]) -> int:
     tokenizer = Tokenizer.load(tokenizer_folder(config.start))
     inspect(config, model_config(config.start), tokenizer, samples=own.samples, media=own.media)
     return 0
+
+
+def _own(command: str, words: Sequence[str], **defaults: int | None) -> tuple[argparse.Namespace, list[str]]:
+    """A command's own options, numbers from 0 on, and the words that are left for `_config`."""
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    try:
+        own, left = parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{command}: {error}") from error
+    if any(value is not None and value < 0 for value in vars(own).values()):
+        raise UserError(f"{command} takes numbers from 0 on for {', '.join(f'--{name}' for name in defaults)}")
+    return own, left
 
 
 _COMMANDS = {"train": _train, "export": _export, "inspect-data": _inspect}

@@ -112,16 +112,15 @@ class OptimizerConfig:
     """An optimiser with warm-up and cosine decay.
 
     Attributes:
-      method: "adamw", as published; "muon" for the matrices inside layers, AdamW for all else: far fewer samples from scratch.
       groups: every parameter belongs to exactly one; otherwise the run does not start and all offenders are listed.
       warmup: share of all steps.
       final: learning rate at the end, as a share of the peak.
       clip: largest global gradient norm; 0 for none.
       b1, b2, eps: of AdamW.
       accumulation: parts that a global batch is computed in, one after the other.
+      method: "adamw", as published; "muon" for the matrices inside layers, AdamW for all else: far fewer samples from scratch.
     """
 
-    method: Literal["adamw", "muon"] = "adamw"
     groups: tuple[GroupConfig, ...] = ()
     warmup: float = 0.03
     final: float = 0.0
@@ -130,6 +129,7 @@ class OptimizerConfig:
     b2: float = 0.999
     eps: float = 1e-8
     accumulation: int = 1
+    method: Literal["adamw", "muon"] = "adamw"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from lmm_jax.config import IGNORE_LABEL, ModelConfig
+from lmm_jax.data.frames import video_file
 from lmm_jax.data.image import load_image, preprocess
 from lmm_jax.data.layout import Row, lay_out
 from lmm_jax.data.tokenize import Tokenizer
@@ -28,9 +30,9 @@ from lmm_jax.errors import UserError
 from train.config import DataConfig
 from train.lengths import Lengths, encode, measure
 from train.plan import Bucket, Plan, Sizes
-from train.records import Record, Skipped, Source, UnusableError, load_sources, video_file
+from train.records import Record, Skipped, Source, UnusableError, load_sources
 
-__all__ = ["Batch", "Batches", "Bucket", "Plan", "SkipReport", "Skipped", "TrainData"]
+__all__ = ["Batch", "Batches", "Bucket", "Plan", "SkipReport", "Skipped", "TrainData", "write_skipped"]
 
 
 @dataclasses.dataclass
@@ -82,7 +84,6 @@ class TrainData:
         tokenizer: Tokenizer,
         *,
         cache: Path,
-        report: Callable[[Skipped], None] | None = None,
         progress: bool = True,
     ) -> None:
         """Read the sources, count their tokens and plan the batches. Media are not looked at.
@@ -92,7 +93,6 @@ class TrainData:
           model: tells how many positions a picture takes.
           tokenizer: the model's.
           cache: folder of counts, see `lengths.measure`; `config.cache` wins.
-          report: is told of every record that is skipped beforehand.
           progress: whether to show a bar while tokens are counted.
 
         Raises:
@@ -112,13 +112,21 @@ class TrainData:
                 f"{model.decoder.vocab_size} tokens: it needs the tokenizer that it was made with"
             )
         self.sizes, self.skipped_beforehand = self._usable()
-        for skipped in self.skipped_beforehand if report else ():
-            report(skipped)
         if not len(self.sizes.record):
             reasons = ", ".join(f"{reason} ({n})" for reason, n in self.reasons().most_common(3))
             raise UserError(f"none of the {self.records} records can be trained on: {reasons or 'the files are empty'}")
         buckets = [b for b in config.buckets if b < config.max_length] + [config.max_length]
         self.plan = Plan(self.sizes, lengths=buckets, batch_size=config.batch_size, epochs=config.epochs, seed=config.seed)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 bytes, in hexadecimal digits: of the content of the records that are trained on and of their sizes in tokens."""
+        whole = hashlib.blake2b(self.template.encode(), digest_size=16)
+        for source in self.sources:
+            whole.update(source.fingerprint.encode())
+        for column in (*(source.numbers for source in self.sources), *dataclasses.astuple(self.sizes)):
+            whole.update(np.ascontiguousarray(column, "<i8").tobytes())
+        return whole.hexdigest()
 
     def locate(self, record: int) -> tuple[Source, int]:
         """The source that a record of the mixture comes from, and its index among the chosen ones there."""
@@ -226,16 +234,16 @@ def _empty(bucket: Bucket, rows: int, model: ModelConfig) -> dict[str, np.ndarra
 def _load_row(data: TrainData, bucket: Bucket, arrays: dict[str, np.ndarray], row: int, number: int) -> Skipped | None:
     """Fills one row of the arrays; says why where its media cannot be read."""
     source, i = data.locate(number)
-    record = source.record(i)
-    ids, labels = encode(record, data.template, data.tokenizer)
-    images = (data.config.video_frames if record.is_video else 1,) * len(record.media)
     try:
+        record = source.record(i)
+        ids, labels = encode(record, data.template, data.tokenizer)
+        images = (data.config.video_frames if record.is_video else 1,) * len(record.media)
         layout = lay_out([Row(ids, images, labels)], data.model, length=bucket.length, fused=bucket.fused, batch=1)
         queries = np.flatnonzero(layout.labels[0, 1:] != IGNORE_LABEL)
         arrays["queries"][row, : len(queries)] = queries
-    except ValueError as error:
+    except (ValueError, UnusableError) as error:
         raise UserError(
-            f"record {source.numbers[i]} of {source.config.file} is longer than when its tokens were counted: was the "
+            f"record {source.numbers[i]} of {source.config.file} is not as it was when its tokens were counted: was the "
             "tokenizer changed meanwhile? If not, delete the cache (data.cache) and start again"
         ) from error
     for name in ("ids", "fused_index", "vision_index", "fused_ids", "lengths"):
@@ -302,4 +310,16 @@ class SkipReport:
         self._named.add(key)
         self._file.parent.mkdir(parents=True, exist_ok=True)
         with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dataclasses.asdict(skipped), ensure_ascii=False) + "\n")
+            file.write(_line(skipped))
+
+
+def write_skipped(file: Path, skipped: Iterable[Skipped]) -> None:
+    """The records that are known to be unusable before a run, one line of JSON each, in place of what the file held."""
+    part = file.with_name(f".{file.name}.part")
+    with part.open("w", encoding="utf-8") as lines:
+        lines.writelines(map(_line, skipped))
+    os.replace(part, file)
+
+
+def _line(skipped: Skipped) -> str:
+    return json.dumps(dataclasses.asdict(skipped)) + "\n"

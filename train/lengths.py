@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lmm_jax.config import IGNORE_LABEL, IMAGE_TOKEN_ID
-from lmm_jax.data.conversation import Message, render
+from lmm_jax.data.conversation import render
 from lmm_jax.data.tokenize import Tokenizer
 from lmm_jax.errors import UserError
 from train.records import Record, Source, UnusableError, parse
@@ -33,6 +33,9 @@ from train.records import Record, Source, UnusableError, parse
 _MANY = 20_000  # records from which on starting further processes pays
 _CHUNK = 512  # records that a process takes at a time
 _COLUMNS = ("tokens", "media", "is_video", "fused", "labelled", "largest")
+_VERSION = 1  # raise it when other records than before can be used
+_PROBE = """{"image": "a", "conversations": [{"from": "human", "value": "<image>\\nWhat is it? "},
+            {"from": "gpt", "value": " It's red, é."}]}""".encode()
 _TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "chat_template")
 
 
@@ -116,7 +119,8 @@ _Row = tuple[int, ...] | UnusableError
 def _rows(source: Source, template: str, tokenizer: Tokenizer) -> Iterator[_Row]:
     """A row of the table for each record, in order; with many records by several processes."""
     raws = (source.raw(i) for i in range(len(source)))
-    workers = min(os.cpu_count() or 1, 32, len(source) // _MANY + 1)
+    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 32)
+    workers = min(workers, len(source) // _MANY + 1)
     if workers == 1:
         yield from (_row(raw, template, tokenizer) for raw in raws)
         return
@@ -163,12 +167,11 @@ def _key(source: Source, template: str, tokenizer: Tokenizer) -> str:
     for file in sorted(Path(tokenizer.folder).iterdir()):
         if file.is_file() and file.name.startswith(_TOKENIZER_FILES):
             digest.update(f"{file.name} {hashlib.blake2b(file.read_bytes()).hexdigest()}".encode())
-    probe = Record("", ("",), False, [Message("user", "<image>\nWhat is it? "), Message("assistant", " It's red, é.")])
     try:
-        ids, labels = encode(probe, template, tokenizer)
+        ids, labels = encode(parse(_PROBE, ""), template, tokenizer)
     except UnusableError as error:  # no record will fit this template either
         raise UserError(error.detail or error.reason) from error
-    digest.update(f"{template} {source.fingerprint} {ids.tolist()} {labels.tolist()}".encode())
+    digest.update(f"{_VERSION} {template} {source.fingerprint} {ids.tolist()} {labels.tolist()}".encode())
     digest.update(source.numbers.astype("<i8").tobytes())
     return digest.hexdigest()
 

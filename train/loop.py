@@ -6,27 +6,29 @@ started. All processes decide alike, because they decide by figures that the ste
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from lmm_jax.errors import UserError
-from train.checkpoints import Checkpoints
+from train.checkpoints import Checkpoints, Identity
 from train.config import TrainConfig
-from train.data import Batch, SkipReport, TrainData
+from train.data import Batch, SkipReport, TrainData, write_skipped
 from train.evaluate import HeldOut
 from train.export import check_folder, write_model_folder
 from train.flops import model_flops, peak_flops
+from train.processes import locked, of_first, read_alike
 from train.record import Recorder
-from train.setup import Setup, abstract_state, initial_state, prepare
+from train.setup import Setup, abstract_state, digest, initial_params_of, initial_state, prepare
 from train.start import tokenizer_folder
-from train.step import TrainState
+from train.step import Params, TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -41,114 +43,141 @@ def train(config: TrainConfig) -> bool:
     Raises:
       UserError: settings or data that cannot work, too many unusable records, another run in the folder.
       DivergedError: the loss is NaN or infinite; nothing of it is saved.
+      SystemExit: SIGTERM came before the first step.
     """
-    setup = prepare(config)
-    check_folder(Path(config.folder) / "model")
-    data = _data(setup)
-    held, cache = config.held_out, Path(config.folder) / ".cache"
-    held_out = HeldOut(setup, cache) if held.mixture or held.sources else None
-    steps = min(len(data.plan), config.max_steps or len(data.plan))
-    checkpoints = Checkpoints(config)
-    try:
-        state = _first_state(setup, checkpoints, steps)
-        run = _Run(setup, data, held_out, checkpoints, steps, int(state.step))
-        try:
-            state, finished = run.go(state)
-        finally:
-            run.recorder.close()
-    finally:
-        checkpoints.close()
-    if finished:
-        export(setup, state)
-    return finished
-
-
-def export(setup: Setup, state: TrainState) -> Path:
-    """Writes the model folder of a run."""
-    config, folder = setup.config, Path(setup.config.folder) / "model"
-    dtype = config.record.model_dtype or setup.model.dtype
-    tokenizer = tokenizer_folder(config.start)
-    write_model_folder(folder, setup.model.config, config.start, tokenizer, state.trained, state.frozen, dtype)
-    return folder
-
-
-def export_checkpoint(config: TrainConfig) -> Path:
-    """The last checkpoint of a run as a model folder, whether it has come to its end or not.
-
-    Raises:
-      UserError: the run has no checkpoint.
-    """
-    setup = prepare(config)
-    checkpoints = Checkpoints(config)
-    try:
-        if checkpoints.latest() is None:
-            raise UserError(f"the run in {config.folder} has no checkpoint yet")
-        state = _first_state(setup, checkpoints, 1)
-    finally:
-        checkpoints.close()
-    return export(setup, state)
-
-
-def _data(setup: Setup) -> TrainData:
-    config, folder = setup.config, Path(setup.config.folder)
+    setup, folder = prepare(config), Path(config.folder)
+    check_folder(folder / "model")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"the run's folder {folder} cannot be made ({error}): choose another one") from error
-    first = jax.process_index() == 0
-    report = SkipReport(folder / "skipped.jsonl") if first else None
-    data = TrainData(config.data, setup.model.config, setup.tokenizer, cache=folder / ".cache", report=report, progress=first)
+    with _Sigterm() as sigterm, contextlib.ExitStack() as at_end:
+        data, held_out = read_alike(lambda: _read(setup, at_end), lambda read: read[0].fingerprint)
+        steps = min(len(data.plan), config.max_steps or len(data.plan))
+        checkpoints = Checkpoints(config)
+        at_end.callback(checkpoints.close)
+        state, identity = _first_state(setup, checkpoints, steps, data.fingerprint)
+        run = _Run(setup, data, held_out, checkpoints, steps, int(state.step), identity, sigterm)
+        sigterm.deferred = True
+        try:
+            state, finished = run.go(state)
+        finally:
+            run.recorder.close()
+        if finished:
+            export(setup, state.trained, state.frozen)
+    return finished
+
+
+class _Sigterm:
+    """Ends the program at once, and from when it is `deferred` only notes that it is `asked` to stop."""
+
+    def __init__(self) -> None:
+        self.asked = self.deferred = False
+
+    def __enter__(self) -> _Sigterm:
+        self._before = signal.signal(signal.SIGTERM, self._come)
+        return self
+
+    def _come(self, *_: Any) -> None:
+        self.asked = True
+        if not self.deferred:
+            raise SystemExit(143)
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+
+def export(setup: Setup, trained: Params, frozen: Params) -> Path:
+    """Writes the model folder of a run."""
+    config, folder = setup.config, Path(setup.config.folder) / "model"
+    dtype = config.record.model_dtype or setup.model.dtype
+    tokenizer = tokenizer_folder(config.start)
+    write_model_folder(folder, setup.model.config, config.start, tokenizer, trained, frozen, dtype)
+    return folder
+
+
+def export_checkpoint(config: TrainConfig, step: int | None = None) -> Path:
+    """A checkpoint of a run, the last one where no step is given, as its model folder; the run may be going on meanwhile.
+
+    Raises:
+      UserError: there is no such checkpoint.
+    """
+    setup = prepare(config)
+    check_folder(Path(config.folder) / "model")
+    with contextlib.closing(Checkpoints(config, read_only=True)) as checkpoints:
+        found = checkpoints.steps()
+        if not found or step not in (None, *found):
+            raise UserError(
+                f"the run in {config.folder} has " + (f"checkpoints {found}, not {step}" if found else "no checkpoint yet")
+            )
+        abstract = abstract_state(setup, 1)
+        frozen = initial_params_of(setup, abstract)[1]
+        trained = checkpoints.trained(abstract.trained, found[-1] if step is None else step)
+    return export(setup, trained, frozen)
+
+
+def _read(setup: Setup, at_end: contextlib.ExitStack) -> tuple[TrainData, HeldOut | None]:
+    """The run's records and the held-out ones; keeps other runs out of the folder."""
+    config, folder = setup.config, Path(setup.config.folder)
+    at_end.enter_context(locked(folder))
+    first, cache, held = jax.process_index() == 0, folder / ".cache", config.held_out
+    data = TrainData(config.data, setup.model.config, setup.tokenizer, cache=cache, progress=first)
+    if first:
+        write_skipped(folder / "skipped.jsonl", data.skipped_beforehand)
     if len(data.skipped_beforehand) > config.data.max_skipped * data.records:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in data.reasons().most_common())
         raise UserError(
             f"{len(data.skipped_beforehand)} of {data.records} records are unusable ({reasons}), more than data.max_skipped "
             f"{config.data.max_skipped} allows; they are listed in {folder / 'skipped.jsonl'}"
         )
-    return data
+    report = SkipReport(folder / f"skipped_held_out.{jax.process_index()}.jsonl")
+    return data, HeldOut(setup, cache, report) if held.mixture or held.sources else None
 
 
-def _first_state(setup: Setup, checkpoints: Checkpoints, steps: int) -> TrainState:
+def _first_state(setup: Setup, checkpoints: Checkpoints, steps: int, data: str) -> tuple[TrainState, Identity]:
     abstract = abstract_state(setup, steps)
     state = initial_state(setup, abstract)
+    identity = {"training data": data, "frozen parameters": digest(state.frozen)}
     if checkpoints.latest() is None:
-        return state
+        return state, identity
     abstract = abstract.replace(frozen=state.frozen)
     del state  # its memory is needed
-    restored = checkpoints.restore(abstract)
+    restored = checkpoints.restore(abstract, identity)
     logger.info("going on from step %d", checkpoints.latest())
-    return restored
+    return restored, identity
 
 
 class _Run:
     """The part of a run between its first and its last step."""
 
     def __init__(
-        self, setup: Setup, data: TrainData, held_out: HeldOut | None, checkpoints: Checkpoints, steps: int, first: int
-    ) -> None:
+        self, setup: Setup, data: TrainData, held_out: HeldOut | None, checkpoints: Checkpoints, steps: int, first: int,
+        identity: Identity, sigterm: _Sigterm,
+    ) -> None:  # fmt: skip
         self.setup, self.config, self.data, self.held_out, self.checkpoints = setup, setup.config, data, held_out, checkpoints
-        self.steps, self.first = steps, first
+        self.steps, self.first, self.identity, self.sigterm = steps, first, identity, sigterm
         folder = Path(self.config.folder)
         self.recorder = Recorder(self.config, first=first, total=steps, writes=jax.process_index() == 0)
         self.report = SkipReport(folder / f"skipped.{jax.process_index()}.jsonl")
         self.rates = setup.learning_rates(steps)
         self.window = _Window(setup)
-        self.met = {"seen": len(data.skipped_beforehand), "skipped": len(data.skipped_beforehand)} | checkpoints.met()
-        self.stop_asked = self.tracing = False
+        self.met = {"seen": 0, "skipped": 0} | checkpoints.met()  # not those that are skipped beforehand
+        self.tracing = False
         self.saved_at = time.monotonic()
 
     def go(self, state: TrainState) -> tuple[TrainState, bool]:
         """All steps from the first on."""
-        before = signal.signal(signal.SIGTERM, self._ask_to_stop)
         try:
             with jax.set_mesh(self.setup.mesh), self.data.batches(self.setup.rows, self.first) as batches:
                 return self._steps(state, batches)
         finally:
-            signal.signal(signal.SIGTERM, before)
             if self.tracing:  # the run ended, one way or another, inside the traced range
                 jax.profiler.stop_trace()
 
     def _steps(self, state: TrainState, batches: Any) -> tuple[TrainState, bool]:
         function, pending = self.setup.step_function(self.steps), None
+        if self.first and not of_first(self.recorder.has(self.first, "held_out_loss")):
+            self._evaluate(self.first, state)  # which is what the run was stopped before, or in
         for done in range(self.first, self.steps):
             self._profile(done, state)
             batch = next(batches)
@@ -161,23 +190,23 @@ class _Run:
             if last or wishes or self._due(done + 1):
                 wishes |= self._look(pending)
                 pending = None
-                if last or wishes or _is_multiple(done + 1, self.config.record.checkpoint_steps):
-                    self.checkpoints.save(state, done + 1, self.met)
-                    self.saved_at = time.monotonic()
-                self._evaluate(done + 1, state)
+                with self.window.paused():
+                    if last or wishes or _is_multiple(done + 1, self.config.record.checkpoint_steps):
+                        self.checkpoints.save(state, done + 1, self.met, self.identity)
+                        self.saved_at = time.monotonic()
+                    if not wishes.get("stop"):
+                        self._evaluate(done + 1, state)
             if wishes.get("stop"):
+                self._write(done + 1)
                 logger.warning("asked to stop: saved step %d of %d", done + 1, self.steps)
                 return state, done + 1 == self.steps
         return state, True
-
-    def _ask_to_stop(self, *_: Any) -> None:
-        self.stop_asked = True
 
     def _wishes(self) -> dict[str, jax.Array]:
         """What this process wants all of them to do, so that the step adds it up."""
         minutes = self.config.record.checkpoint_minutes
         due = bool(minutes) and time.monotonic() - self.saved_at > 60 * minutes
-        return {"stop": self.setup.put_wish(self.stop_asked), "save": self.setup.put_wish(due)}
+        return {"stop": self.setup.put_wish(self.sigterm.asked), "save": self.setup.put_wish(due)}
 
     def _due(self, step: int) -> bool:
         """Whether something needs the state of this very step."""
@@ -200,11 +229,17 @@ class _Run:
         self._refuse_too_many()
         self.window.add(batch, found)
         self.recorder.advance(step)
-        if not step % self.config.record.log_steps or step in (self.steps, self.first + 1):
-            rates = {f"learning_rate/{pattern}": float(rate(step - 1)) for pattern, rate in self.rates.items()}
-            epoch = step / self.data.plan.steps_per_epoch
-            self.recorder.numbers(step, self.window.close() | {"skipped": self.met["skipped"], "epoch": epoch} | rates)
+        if not step % self.config.record.log_steps or step in (1, self.steps):
+            self._write(step)
         return {name: True for name in ("stop", "save") if found[name]}
+
+    def _write(self, step: int) -> None:
+        """A line of figures of the steps since the last one, if there were any."""
+        if self.window.steps:
+            rates = {f"learning_rate/{pattern}": float(rate(step - 1)) for pattern, rate in self.rates.items()}
+            skipped = {"skipped": len(self.data.skipped_beforehand) + self.met["skipped"]}
+            epoch = {"epoch": step / self.data.plan.steps_per_epoch}
+            self.recorder.numbers(step, self.window.close() | skipped | epoch | rates)
 
     def _names(self, records: list[int]) -> str:
         some = []
@@ -218,7 +253,7 @@ class _Run:
         allowed, (seen, skipped) = self.config.data.max_skipped, (self.met["seen"], self.met["skipped"])
         if skipped > allowed * max(seen, min(1000, self.data.records)):
             raise UserError(
-                f"{skipped} of {seen} records so far could not be read, more than data.max_skipped {allowed} "
+                f"the media of {skipped} of {seen} records so far could not be read, more than data.max_skipped {allowed} "
                 f"allows; they are listed in {self.config.folder}/skipped*.jsonl"
             )
 
@@ -226,7 +261,10 @@ class _Run:
         held = self.config.held_out
         if self.held_out is None or not (step == self.steps or _is_multiple(step, held.every)):
             return
-        self.recorder.numbers(step, {"held_out_loss": self.held_out.loss(state)})
+        figures = self.held_out.loss(state)
+        self.recorder.numbers(step, figures)
+        if "held_out_skipped" in figures:
+            logger.warning("%d held-out records could not be read, see skipped_held_out*.jsonl", figures["held_out_skipped"])
         if held.answers and jax.process_count() == 1:
             self.recorder.text(step, "answers", self.held_out.answers(state))
 
@@ -261,7 +299,7 @@ class _Window:
         self._reset()
 
     def _reset(self) -> None:
-        self._start, self._sums, self._slots, self._flops, self._steps = time.monotonic(), {}, 0, 0.0, 0
+        self._start, self._sums, self._slots, self._flops, self.steps = time.monotonic(), {}, 0, 0.0, 0
 
     def add(self, batch: Batch, found: dict[str, float]) -> None:
         """One step's."""
@@ -269,22 +307,29 @@ class _Window:
         found = found | {"nats": found["loss"] * found["labels"]}
         self._sums = {name: self._sums.get(name, 0.0) + value for name, value in found.items()}
         self._slots += self._rows * b.length
-        self._steps += 1
+        self.steps += 1
         if self._peak:
             self._flops += model_flops(
                 self._setup.model.config, rows=self._rows, images=b.images, length=b.length, fused=b.fused,
                 targets=b.targets, trained=self._trained,
             )  # fmt: skip
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that no rate counts."""
+        start = time.monotonic()
+        yield
+        self._start += time.monotonic() - start
+
     def close(self) -> dict[str, float | None]:
         """Means and rates since the last call."""
         seconds, s = time.monotonic() - self._start, self._sums
         figures = {
             "loss": s["nats"] / max(s["labels"], 1.0),
-            "grad_norm": s["grad_norm"] / self._steps,
+            "grad_norm": s["grad_norm"] / self.steps,
             "tokens_per_s": s["lengths"] / seconds,
             "samples_per_s": s["used"] / seconds,
-            "seconds_per_step": seconds / self._steps,
+            "seconds_per_step": seconds / self.steps,
             "padding": 1 - s["lengths"] / self._slots,
             "model_flops_utilisation": self._flops / seconds / self._peak if self._peak else None,
         }

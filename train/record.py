@@ -11,7 +11,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lmm_jax.errors import UserError
 from train.config import TrainConfig, to_json
 
 
@@ -26,9 +25,6 @@ class Recorder:
           first: steps done already.
           total: steps of the whole run.
           writes: whether this process is the one that does.
-
-        Raises:
-          UserError: Weights & Biases is wanted but not installed.
         """
         self._writes, self._wandb = writes, None
         if not writes:
@@ -40,9 +36,17 @@ class Recorder:
         folder.mkdir(parents=True, exist_ok=True)
         if config.record.wandb:
             self._wandb = _wandb(config)
-        self._lines = _whole_lines(folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._file = _whole_lines(folder / "metrics.jsonl")
+        self._lines = self._file.open("a", encoding="utf-8", errors="backslashreplace")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
         self._bar = tqdm(total=total, initial=first, unit="step", desc=folder.name, dynamic_ncols=True, mininterval=1.0)
+
+    def has(self, step: int, name: str) -> bool:
+        """Whether that figure of that step is written down already; only known where this process writes."""
+        if not self._writes:
+            return False
+        with self._file.open(encoding="utf-8") as lines:
+            return any(entry["step"] == step and name in entry for entry in map(json.loads, lines))
 
     def advance(self, step: int) -> None:
         """Moves the bar to `step` steps done."""
@@ -91,9 +95,7 @@ def _whole_lines(file: Path) -> Path:
 
 
 def _wandb(config: TrainConfig) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError("record.wandb is set, but Weights & Biases is not installed: pip install wandb") from error
+    import wandb
+
     name = Path(config.folder).name
     return wandb.init(project=config.record.wandb, name=name, id=name, resume="allow", config=to_json(config))

@@ -28,7 +28,6 @@ from lmm_jax.errors import UserError
 from train.config import DataConfig, SourceConfig
 
 LINES = (".jsonl", ".ndjson")
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".flv", ".gif")
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _SAMPLING = re.compile(r"(first|end|random):(\d+|\d+(?:\.\d+)?%)")
@@ -227,6 +226,8 @@ class _Text(Sequence[bytes]):
         except json.JSONDecodeError as error:
             place = f"line {error.lineno}, column {error.colno}"
             raise UserError(f"{file} is not a list of JSON records: {error.msg} at {place}") from error
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets thousands deep
+            raise UserError(f"{file} is not a list of JSON records: {error}") from error
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -345,6 +346,8 @@ def _media(fields: dict[str, Any], folder: str) -> tuple[tuple[str, ...], bool]:
 def _messages(fields: dict[str, Any]) -> list[Message]:
     turns = fields.get("conversations")
     if "q" in fields and "conversations" not in fields:  # Video-ChatGPT's
+        if not isinstance(fields["q"], str) or not fields["q"].strip():
+            raise UnusableError("malformed record", f"q is {fields['q']!r:.80}: expected a question")
         turns = [{"from": "human", "value": f"{VIDEO}\n{fields['q']}"}, {"from": "gpt", "value": fields.get("a")}]
     if not isinstance(turns, list):
         raise UnusableError("malformed record", f"conversations are {turns!r:.80}: expected a list of turns")
@@ -358,15 +361,3 @@ def _messages(fields: dict[str, Any]) -> list[Message]:
     if any(a == b for a, b in zip(roles, roles[1:])):
         raise UnusableError("turns do not alternate", " ".join(roles)[:200])
     return messages
-
-
-def video_file(path: str) -> str:
-    """The file of a video that a record names: as it is named, or with a suffix where it has none.
-
-    Video-ChatGPT's files name videos without a suffix, or with ``.pkl``, of the features that its authors computed.
-    """
-    stem, suffix = os.path.splitext(path)
-    if suffix.lower() in VIDEO_SUFFIXES or os.path.exists(path):
-        return path
-    stems = (path, stem) if suffix == ".pkl" else (path,)
-    return next((s + end for s in stems for end in VIDEO_SUFFIXES if os.path.exists(s + end)), path)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import importlib.util
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +26,7 @@ from train.config import GroupConfig, TrainConfig
 from train.lora import init_lora, take_lora
 from train.optimizer import assign_groups, make_optimizer, schedule
 from train.start import abstract_start, initial_params, model_config, tokenizer_folder
-from train.step import Arrays, TrainState, train_step
+from train.step import Arrays, Params, TrainState, init_optimizer, train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +103,12 @@ def prepare(config: TrainConfig) -> Setup:
     """Checks that a run can work, before anything is loaded.
 
     Raises:
-      UserError: see `model_config`, `assign_groups`, `make_mesh`; a batch that the devices cannot share evenly.
+      UserError: see `model_config`, `assign_groups`, `make_mesh`; a batch that the devices cannot share evenly; nothing to
+        train; Weights & Biases is wanted but not installed.
     """
     c = config.compute
+    if config.record.wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError("record.wandb is set, but Weights & Biases is not installed: pip install wandb")
     if c.attention not in IMPLEMENTATIONS:
         raise UserError(f"there is no attention {c.attention!r}: choose one of {', '.join(IMPLEMENTATIONS)}")
     mesh = sharding.make_mesh(c.mesh or {"fsdp": jax.device_count()})
@@ -120,6 +126,8 @@ def prepare(config: TrainConfig) -> Setup:
     tokenizer = Tokenizer.load(tokenizer_folder(config.start))
     leaves = sharding.leaf_paths(abstract_start(sizes, config.lora, mesh, lambda _: dtype))
     groups = assign_groups(leaves, config.optimizer.groups)
+    if all(group.learning_rate is None for group in groups.values()):
+        raise UserError("no group has a learning_rate, so nothing would be trained: give one in optimizer.groups")
     shape = (config.data.batch_size,)
     places = sharding.array_sharding(mesh, shape, "batch").addressable_devices_indices_map(shape).values()
     rows = np.unique(np.concatenate([np.arange(config.data.batch_size)[place] for place in places]))
@@ -132,7 +140,7 @@ def abstract_state(setup: Setup, steps: int) -> TrainState:
     trained = {path: leaf for path, leaf in flat.items() if path in setup.trained}
     frozen = {path: leaf for path, leaf in flat.items() if path not in trained}
     everywhere = NamedSharding(setup.mesh, PartitionSpec())
-    moments = jax.eval_shape(setup.optimizer(steps).init, trained)
+    moments = jax.eval_shape(init_optimizer(setup.optimizer(steps)), trained)
 
     def shard(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         of = next((trained[k.key] for k in path if getattr(k, "key", None) in trained), None)  # a moment lies as its parameter
@@ -142,8 +150,8 @@ def abstract_state(setup: Setup, steps: int) -> TrainState:
     return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere), trained, frozen, optimizer)
 
 
-def initial_state(setup: Setup, abstract: TrainState) -> TrainState:
-    """The state of step 0, every device making or reading its own shards.
+def initial_params_of(setup: Setup, abstract: TrainState) -> tuple[Params, Params]:
+    """Trained and frozen parameters of step 0, every device making or reading its own shards.
 
     Raises:
       UserError: see `start.initial_params`.
@@ -153,12 +161,28 @@ def initial_state(setup: Setup, abstract: TrainState) -> TrainState:
     params = sharding.leaf_paths(initial_params(start, setup.model.config, tree))
     if setup.config.lora.rank:
         params |= init_lora(leaves, setup.config.lora, start.seed)
-    trained = {path: params[path] for path in abstract.trained}
-    frozen = {path: params[path] for path in abstract.frozen}
+    return {path: params[path] for path in abstract.trained}, {path: params[path] for path in abstract.frozen}
+
+
+def initial_state(setup: Setup, abstract: TrainState) -> TrainState:
+    """The state of step 0; raises as `initial_params_of`."""
+    trained, frozen = initial_params_of(setup, abstract)
     shardings = jax.tree.map(lambda s: s.sharding, (abstract.step, abstract.optimizer))
-    init = setup.optimizer(1).init
+    init = init_optimizer(setup.optimizer(1))
     step, optimizer = jax.jit(lambda p: (jnp.int32(0), init(p)), out_shardings=shardings)(trained)
     return TrainState(step, trained, frozen, optimizer)
+
+
+def digest(params: Params) -> str:
+    """Of the bits of parameters: the same on every mesh, in practice another one for other parameters."""
+
+    @jax.jit
+    def total(leaf: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")).astype(jnp.uint32)
+        return bits.sum(dtype=jnp.uint32)
+
+    sums = {path: int(total(leaf)) for path, leaf in sorted(params.items())}
+    return hashlib.blake2b(json.dumps(sums).encode(), digest_size=16).hexdigest()
 
 
 def _dtype_of(setup: Setup) -> Callable[[str], Any]:

@@ -13,6 +13,7 @@ positions, V vision tokens per image, D width.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -83,7 +84,7 @@ def loss_sum(model: LlavaMini, chunk: int, params: Any, batch: Arrays) -> tuple[
 def gradients(
     model: LlavaMini, chunk: int, parts: int, trained: Params, frozen: Params, batch: Arrays
 ) -> tuple[jax.Array, jax.Array, Params]:
-    """Loss (mean over labels), their number, and the gradient of the mean in the parameters' dtype.
+    """Loss (mean over labels), their number, and the gradient of the mean in float32.
 
     With `parts` > 1 the rows are taken in that many parts, one after the other; each device keeps its own rows.
     """
@@ -103,9 +104,15 @@ def gradients(
             return jax.tree.map(jnp.add, carry, (total, count, grads)), None
 
         zero = jnp.zeros((), jnp.float32)
-        (total, count, grads), _ = jax.lax.scan(add, (zero, zero, jax.tree.map(jnp.zeros_like, trained)), cut)
+        sums = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), trained)
+        (total, count, grads), _ = jax.lax.scan(add, (zero, zero, sums), cut)
     whole = jnp.maximum(count, 1.0)
-    return total / whole, count, jax.tree.map(lambda g: g / whole.astype(g.dtype), grads)
+    return total / whole, count, jax.tree.map(lambda g: g.astype(jnp.float32) / whole, grads)
+
+
+def init_optimizer(optimizer: optax.GradientTransformation) -> Callable[[Params], optax.OptState]:
+    """Trained parameters -> state. Moments are float32 whatever the parameters are: 0.999 is 1 in bfloat16."""
+    return lambda trained: optimizer.init(optax.tree.cast(trained, jnp.float32))
 
 
 def train_step(
@@ -126,13 +133,13 @@ def train_step(
       that has one axis (numbers per row: lengths, used, skipped; wishes): so processes agree on what some of them saw.
     """
     loss, count, grads = gradients(model, chunk, parts, state.trained, state.frozen, batch)
-    updates, new = optimizer.update(grads, state.optimizer, state.trained)
+    updates, new = optimizer.update(grads, state.optimizer, optax.tree.cast(state.trained, jnp.float32))
     trained = optax.apply_updates(state.trained, updates)
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "labels": count}
     metrics |= {name: numbers.sum().astype(jnp.float32) for name, numbers in batch.items() if numbers.ndim == 1}
     return TrainState(state.step + 1, trained, state.frozen, new), metrics
 
 
-def eval_step(model: LlavaMini, chunk: int, trained: Params, frozen: Params, batch: Arrays) -> tuple[jax.Array, jax.Array]:
-    """`loss_sum` with the parameters of a state."""
-    return loss_sum(model, chunk, join(trained, frozen), batch)
+def eval_step(model: LlavaMini, chunk: int, trained: Params, frozen: Params, batch: Arrays) -> tuple[jax.Array, ...]:
+    """`loss_sum` with the parameters of a state, and the number of records that could not be read."""
+    return *loss_sum(model, chunk, join(trained, frozen), batch), batch["skipped"].sum()

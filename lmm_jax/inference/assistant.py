@@ -22,6 +22,7 @@ from PIL import Image
 from lmm_jax import checkpoint, sharding
 from lmm_jax.config import TEMPLATES, ModelConfig
 from lmm_jax.data.conversation import Message, render, video_place, with_placeholders
+from lmm_jax.data.frames import FrameFolder
 from lmm_jax.data.image import load_image, preprocess
 from lmm_jax.data.tokenize import StreamDecoder, Tokenizer, stop_token_ids
 from lmm_jax.data.video import FrameStream, stream_frames
@@ -42,7 +43,7 @@ class Video:
     """A video file, or a part of it.
 
     Attributes:
-      path: of the file.
+      path: of the file, or of a folder of pictures, which are then all its frames.
       start, end: seconds; None is the beginning or the end.
       fps: frames taken per second.
     """
@@ -258,9 +259,15 @@ class Assistant:
     def _open(self, medium: np.ndarray | Video, stack: contextlib.ExitStack) -> Medium:
         if isinstance(medium, np.ndarray):
             return medium
+        return _Frames(stack.enter_context(self._frames(medium)), self._pixels)
+
+    def _frames(self, video: Video) -> FrameStream | FrameFolder:
         size = self.config.vision.image_size
-        frames = stream_frames(medium.path, size=size, fps=medium.fps, start=medium.start, end=medium.end)
-        return _Frames(stack.enter_context(frames), self._pixels)
+        if not os.path.isdir(video.path):
+            return stream_frames(video.path, size=size, fps=video.fps, start=video.start, end=video.end)
+        if (video.start, video.end, video.fps) != (None, None, 1.0):
+            raise UserError(f"{video.path} is a folder of frames, all of which are taken: leave out start, end and fps")
+        return FrameFolder(video.path)
 
     def _pixels(self, picture: Image.Image) -> np.ndarray:
         c = self.config
@@ -317,7 +324,7 @@ class Chat:
 class _Frames:
     """Frames of a video as the engine takes them: sized, each (P,H,W,3) uint8."""
 
-    def __init__(self, frames: FrameStream, pixels: Callable[[Image.Image], np.ndarray]) -> None:
+    def __init__(self, frames: FrameStream | FrameFolder, pixels: Callable[[Image.Image], np.ndarray]) -> None:
         self._frames, self._pixels = frames, pixels
 
     def __len__(self) -> int:

@@ -65,6 +65,29 @@ def test_the_model_and_its_groups(name, monkeypatch):
     assert all(group.weight_decay == 0 for group in groups.values())
 
 
+# batch, epochs, positions, warm-up, clipping; learning rates of projector, decoder, what is added (None: frozen, or absent)
+PUBLISHED = {
+    "stage1_vicuna_7b": (256, 1, 4096, 0.03, 0.5, (1e-3, None, None)),
+    "stage1_llama_3_1_8b": (256, 1, 4096, 0.03, 0.5, (1e-3, None, None)),
+    "stage2_vicuna_7b": (256, 2, 4096, 0.03, 0.5, (1e-5, 1e-4, 1e-4)),
+    "stage2_llama_3_1_8b": (256, 2, 4096, 0.03, 0.5, (1e-5, 1e-4, 1e-4)),
+    "stage2_hd_vicuna_7b": (256, 2, 4096, 0.03, 0.5, (1e-5, 1e-4, 1e-4)),
+    "llava_v1_5_stage1_vicuna_7b": (256, 1, 2048, 0.03, 1.0, (1e-3, None, None)),
+    "llava_v1_5_vicuna_7b": (128, 1, 2048, 0.03, 1.0, (2e-5, 2e-5, None)),
+}
+SOME = ("mm_projector/linear_1/kernel", "layers/mlp/up_proj/kernel", "prefusion_layers/self_attn/q_proj/kernel")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_settings(name):
+    config = load(name)
+    d, o = config.data, config.optimizer
+    rates = tuple(next((g.learning_rate for g in o.groups if re.fullmatch(g.pattern, path)), None) for path in SOME)
+    assert (d.batch_size, d.epochs, d.max_length, o.warmup, o.clip, rates) == PUBLISHED[name]
+    assert (o.method, o.final, o.b1, o.b2, o.eps) == ("adamw", 0.0, 0.9, 0.999, 1e-8)
+    assert d.template == ("plain" if "stage1" in name else "")
+
+
 @pytest.mark.parametrize("name", TRAINED)
 def test_how_it_is_run(name):
     config = load(name)

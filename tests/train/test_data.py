@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -20,7 +21,7 @@ from lmm_jax.data.video import frame_indices
 from lmm_jax.errors import UserError
 from train import data as train_data
 from train.config import DataConfig, SourceConfig
-from train.data import Skipped, SkipReport, TrainData
+from train.data import Skipped, SkipReport, TrainData, write_skipped
 from train.lengths import encode
 
 TEXT = Path(__file__).parents[1] / "golden" / "text"
@@ -239,18 +240,16 @@ def test_a_row_whose_medium_is_unreadable_keeps_its_place_without_labels(broken)
 def test_unusable_records_are_told_beforehand(folder, tmp_path):
     long = {"id": "long", "conversations": turns("word " * 300, "x")}
     records = [{"id": "a", "conversations": []}, long, {"id": "b", "conversations": turns("yes", "x")}, 5]
-    told = []
     config = DataConfig(sources=(SourceConfig(str(tmp_path / "r.json")),), batch_size=2, max_length=256, buckets=())
     (tmp_path / "r.json").write_text(json.dumps(records))
-    data = TrainData(config, TINY, tokenizer(), cache=tmp_path, report=told.append, progress=False)
+    data = TrainData(config, TINY, tokenizer(), cache=tmp_path, progress=False)
     assert data.records == 4 and data.sizes.record.tolist() == [2]
-    assert told == data.skipped_beforehand
-    assert [(s.record, s.id, s.reason) for s in told] == [
+    assert [(s.record, s.id, s.reason) for s in data.skipped_beforehand] == [
         (0, "a", "empty conversation"),
         (1, "long", "longer than 256 positions"),
         (3, "", "malformed record"),
     ]
-    assert data.reasons() == {s.reason: 1 for s in told}
+    assert data.reasons() == {s.reason: 1 for s in data.skipped_beforehand}
 
 
 def test_a_record_may_be_exactly_as_long_as_allowed(folder):
@@ -361,7 +360,7 @@ def test_no_usable_record(tmp_path):
 def test_counts_that_do_not_fit_any_more(folder, monkeypatch):
     data = make(folder)
     monkeypatch.setattr("lmm_jax.data.conversation._VICUNA_SYSTEM", "A system text of many more words. " * 20)
-    with pytest.raises(UserError, match="longer than when its tokens were counted"):
+    with pytest.raises(UserError, match="not as it was when its tokens were counted"):
         load(data)
 
 
@@ -370,7 +369,7 @@ def test_counts_that_do_not_fit_any_more(folder, monkeypatch):
 
 def test_the_report_names_a_record_once_also_after_a_kill(tmp_path):
     file = tmp_path / "run" / "skipped.jsonl"
-    skipped = [Skipped("a.json", i, str(i), (f"{i}é.png",), "picture missing") for i in range(4)]
+    skipped = [Skipped("a.json", i, str(i), (f"{i}é\ud800.png",), "picture missing") for i in range(4)]
     report = SkipReport(file)
     for s in (*skipped[:2], skipped[0]):
         report(s)
@@ -381,3 +380,22 @@ def test_the_report_names_a_record_once_also_after_a_kill(tmp_path):
         report(s)
     rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
     assert rows == [{**dataclasses.asdict(s), "media": list(s.media)} for s in skipped]
+
+
+def test_what_is_known_beforehand_replaces_what_was(tmp_path):
+    file = tmp_path / "skipped.jsonl"
+    skipped = [Skipped("a.json", i, "\ud800", (), "empty conversation") for i in range(3)]
+    write_skipped(file, skipped)
+    write_skipped(file, skipped[1:])
+    assert [json.loads(line)["record"] for line in file.read_text("utf-8").splitlines()] == [1, 2]
+
+
+def test_the_fingerprint_is_that_of_content(folder, tmp_path):
+    """Not of places."""
+    first = make(folder)
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    assert make(moved).fingerprint == first.fingerprint
+    assert make(moved, seed=5).fingerprint == first.fingerprint  # a setting
+    file = moved / "records.json"
+    file.write_text(file.read_text().replace("no picture", "no pictuer", 1))
+    assert make(moved).fingerprint != first.fingerprint

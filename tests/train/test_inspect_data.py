@@ -10,6 +10,7 @@ from PIL import Image
 
 from lmm_jax.config import named_sizes
 from lmm_jax.data.tokenize import Tokenizer
+from train.__main__ import main
 from train.config import DataConfig, SourceConfig, StartConfig, TrainConfig
 from train.inspect_data import inspect, marked
 
@@ -66,6 +67,23 @@ def test_what_is_asked_for_is_done(report, tmp_path):
     text = report(records(tmp_path), max_skipped=0.2, samples=0, media=0)
     assert "a run would stop" not in text and "Media of 0 records were read: 0" in text and "⟦" not in text
     assert report(records(tmp_path), samples=5, media=3).count("--- record") == 5
+
+
+def test_the_command(tmp_path, capsys):
+    """From a configuration file; words of its own beside those of the configuration."""
+    (tmp_path / "a.json").write_text(json.dumps(records(tmp_path)))
+    source, start = f"SourceConfig({str(tmp_path / 'a.json')!r})", "StartConfig(scratch=named_sizes()['tiny'], tokenizer=TEXT)"
+    (tmp_path / "run.py").write_text(
+        f"from lmm_jax.config import named_sizes\nfrom train.config import *\nTEXT = {str(TEXT / 'vicuna_tokenizer')!r}\n"
+        f"def get_config():\n    return TrainConfig({str(tmp_path / 'run')!r}, {start}, DataConfig(sources=({source},)))\n"
+    )
+    words = ["inspect-data", "--samples", "1", str(tmp_path / "run.py"), "--data.batch-size", "4", "--media", "2"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "of 4 rows each" in out and out.count("--- record") == 1 and "Media of 2 records were read" in out
+    for bad, message in ((["--media", "-1", "x.py"], "from 0 on"), (["--samples", "3"], "there is no configuration")):
+        assert main(["inspect-data", *bad]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_no_model_is_built(report, tmp_path, monkeypatch):

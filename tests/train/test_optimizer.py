@@ -62,7 +62,7 @@ def test_muon_updates_each_matrix_on_its_own_and_adamw_the_rest(decay: float) ->
     params = {path: jnp.asarray(rng.normal(size=shape), jnp.float32) for path, shape in SHAPES.items()}
     first, others = GroupConfig("layers/stack/.*", 1e-2, decay), GroupConfig("(?!layers/stack/).*", 1e-2, decay)
     groups = {path: first if "/stack/" in path else others for path in params}
-    ours = make_optimizer(OptimizerConfig("muon", (first, others), warmup=0.0, final=1.0, clip=0.0), groups, 10)
+    ours = make_optimizer(OptimizerConfig((first, others), warmup=0.0, final=1.0, clip=0.0, method="muon"), groups, 10)
     muon = optax.contrib.muon(1e-2, weight_decay=decay, consistent_rms=0.2)
     adamw = optax.adamw(1e-2, weight_decay=decay, nesterov=True)
     plain = {
@@ -89,7 +89,7 @@ def test_moments_of_muon_lie_as_their_parameters_and_a_step_keeps_shapes() -> No
     """One momentum for a matrix, two moments for what AdamW updates."""
     params = {path: jnp.ones(shape) for path, shape in SHAPES.items()}
     groups = dict.fromkeys(params, GroupConfig(".*", 1e-2))
-    optimizer = make_optimizer(OptimizerConfig("muon", (groups["norm/scale"],)), groups, 10)
+    optimizer = make_optimizer(OptimizerConfig((groups["norm/scale"],), method="muon"), groups, 10)
     state = optimizer.init(params)
     sizes = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim)
     matrices = sum(int(np.prod(SHAPES[path])) for path in MATRICES)

@@ -6,9 +6,10 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from lmm_jax.data.frames import video_file
 from lmm_jax.errors import UserError
 from train.config import DataConfig, SourceConfig
-from train.records import UnusableError, choose, load_sources, parse, read_mixture, video_file
+from train.records import UnusableError, choose, load_sources, parse, read_mixture
 
 HUMAN, GPT = {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}
 
@@ -112,6 +113,8 @@ def test_records_take_no_more_memory_than_their_file(tmp_path):
         ("a.jsonl", b'{"id": 1}\n{"id": 2\n{"id": 3}', "at line 2, column 9"),
         ("a.jsonl", b'{"id": 1}\n\n  {"id": 2} 3', "something follows the end at line 3, column 13"),
         ("a.jsonl", b'{"id":\n 1}', "at line 1"),
+        ("a.json", b'[{"id": ' + b"1" * 5000 + b"}]", "4300 digits"),
+        ("a.json", b"[" * 100_000, "recursion"),
     ],
 )
 def test_a_broken_file_is_named_with_the_line(name, content, message, tmp_path):
@@ -142,6 +145,8 @@ def test_a_missing_file_and_no_file(tmp_path):
         ({"conversations": [{"from": "system", "value": "x"}, GPT]}, "malformed turns"),
         ({"conversations": [{"from": "human", "value": None}, GPT]}, "malformed turns"),
         ({"q": "What?", "video_id": "v"}, "malformed turns"),
+        ({"q": None, "a": "x", "video_id": "v"}, "malformed record"),
+        ({"q": " ", "a": "x", "video_id": "v"}, "malformed record"),
         ({"image": "a.png", "conversations": [HUMAN]}, "the last turn has no answer"),
         ({"image": "a.png", "conversations": [HUMAN, GPT, HUMAN]}, "the last turn has no answer"),
         ({"image": "a.png", "conversations": [HUMAN, GPT, GPT]}, "turns do not alternate"),

@@ -113,6 +113,8 @@ def rows(seed, count, images):
         ids = rng.integers(3, 512, 14 + b % 5).astype(np.int32)
         labels = np.full_like(ids, IGNORE_LABEL)
         labels[6:9], labels[-3:] = ids[6:9], ids[-3:]
+        if b % 2:  # parts of a batch have different numbers of labels
+            labels[7:9] = IGNORE_LABEL
         ids[[1, 4][: len(images)]] = -200
         yield Row(ids, images, labels)
 
@@ -168,9 +170,9 @@ def test_every_label_counts_the_same(example):
     alone["targets"][5, 2:] = IGNORE_LABEL
     batch = batch | {"targets": np.where(alone["targets"] >= 0, alone["targets"], without["targets"])}
     parts = [run(config, params, arrays) for arrays in (batch, without, alone)]
-    assert [part[1] for part in parts] == [44, 42, 2]
+    assert [part[1] for part in parts] == [38, 36, 2]
     for path, grad in parts[0][2].items():
-        np.testing.assert_allclose(44 * grad, 42 * parts[1][2][path] + 2 * parts[2][2][path], atol=1e-4)
+        np.testing.assert_allclose(38 * grad, 36 * parts[1][2][path] + 2 * parts[2][2][path], atol=1e-4)
 
 
 # ---- groups and schedule ----------------------------------------------------------------------------------------------
