@@ -28,7 +28,8 @@ CHAT_HELP = """\
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
-    args = _parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    args = _parser("eval" in words[:1]).parse_args(words)
     return run_command(lambda: args.run(args))
 
 
@@ -52,7 +53,8 @@ def run_command(command: Callable[[], None]) -> int:
         return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(evaluation: bool) -> argparse.ArgumentParser:
+    """Of all commands; those of ``lmm eval`` only where they are wanted, since importing them takes time."""
     parser = argparse.ArgumentParser(prog="lmm", description="LLaVA-Mini: ask about pictures and videos.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {metadata.version('lmm-jax')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -76,6 +78,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     _model_options(chat)
     chat.set_defaults(run=_chat)
+
+    if evaluation:
+        from lmm_jax.evaluation.command import add_parser
+
+        add_parser(commands)
+    else:
+        commands.add_parser("eval", help="run benchmarks")
     return parser
 
 

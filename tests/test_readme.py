@@ -54,7 +54,10 @@ def test_options_in_the_docs_exist():
     from lmm_jax.cli import _parser
 
     known = {
-        o for action in _parser()._subparsers._group_actions for p in action.choices.values() for o in p._option_string_actions
+        o
+        for action in _parser(True)._subparsers._group_actions
+        for p in action.choices.values()
+        for o in p._option_string_actions
     }
     text = (ROOT / "docs" / "asking.md").read_text()
     assert set(re.findall(r"`(--[a-z-]+)", text)) <= known

@@ -97,7 +97,7 @@ class Engine:
           attention: kernel, see `models.attention`.
           prefix_cache_bytes: device memory for image prefixes.
         """
-        self.config, self.params, self.mesh = config, params, mesh
+        self.config, self.params, self.mesh, self.dtype = config, params, mesh, jnp.dtype(dtype)
         self._model = LlavaMini(config, dtype, attention)
         self._multiple = sharding.batch_multiple(mesh)
         self.images = ImageSide(self._model, self._multiple, prefix_cache_bytes)

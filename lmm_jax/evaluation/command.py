@@ -1,0 +1,317 @@
+"""``lmm eval answer | score | export | table | list``."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lmm_jax.config import TEMPLATES
+from lmm_jax.errors import UserError
+from lmm_jax.evaluation import registry, report, report_html, runs, wording
+from lmm_jax.evaluation.benchmark import Answered, Benchmark, Record, Run, Score
+from lmm_jax.evaluation.judge import OPENAI, Endpoint, Judge, Usage
+
+if TYPE_CHECKING:
+    from lmm_jax.inference.assistant import Assistant
+
+_LISTED = 10  # files or records that an error names
+
+
+def answer(args: argparse.Namespace) -> None:
+    """Asks a model; goes on where it was stopped."""
+    words = _wording(args)
+    chosen = registry.choose(args.benchmarks, words)
+    shard, shards = _shard(args.shard)
+    from lmm_jax.cluster import join_processes
+    from lmm_jax.evaluation.runner import Asking, missing_media, model_name
+    from lmm_jax.evaluation.runner import answer as ask
+
+    read = {b.name: _records(b, args) for b in chosen}
+    missing = [path for records in read.values() for path in missing_media(records)]
+    if missing and not args.allow_missing:
+        raise UserError(
+            f"{len(missing)} pictures or videos are not there ({_some(missing)}): get them, or count their questions as wrong "
+            "with --allow-missing"
+        )
+    join_processes()
+    import jax
+
+    if jax.process_count() > 1 and shards == 1:
+        shard, shards = jax.process_index(), jax.process_count()
+    assistant = _load(args)
+    limits = {b.name: args.max_new_tokens or b.max_new_tokens for b in chosen}
+    runs.settle(args.out, _settings(args, assistant))
+    for b in chosen:
+        answers = runs.Answers(args.out, b)
+        runs.settle(answers.folder, {"max_new_tokens": limits[b.name], "wording": _label(words)})
+        asking = Asking(args.batch_size, limits[b.name], args.template, shard, shards)
+        ask(assistant, read[b.name], answers, asking, b.title)
+        whole = answers.merge(read[b.name], model_name(assistant.folder))
+        print(f"{b.title}: {whole}" if whole else f"{b.title}: this shard is done, others are not")
+
+
+def score(args: argparse.Namespace) -> None:
+    """Figures, from a run folder or from an answers file; needs no accelerator."""
+    if args.answers and not (args.out / runs.SETTINGS).exists():
+        runs.settle(args.out, {"model": args.name or args.answers.stem, "answers": str(args.answers.resolve())})
+    words = _wording(args)
+    judge, failed = _judge(args), []
+    for b in registry.choose(args.benchmarks, words):
+        if b.score is None:
+            print(f"{b.title}: scored by its server only: lmm eval export {b.name}")
+            continue
+        try:
+            run = _run(b, args, judge)
+            _keep(args.out, b, run, b.score(run), words)
+        except UserError as error:
+            failed.append(f"{b.title}: {error}")
+            if len(args.benchmarks) == 1:
+                raise
+    if failed:
+        raise UserError("; ".join(failed))
+
+
+def export(args: argparse.Namespace) -> None:
+    """What is handed in to a benchmark's server, or to its own tools."""
+    words = _wording(args)
+    for b in registry.choose(args.benchmarks, words):
+        if b.export is None:
+            raise UserError(f"{b.title} has nothing to hand in: lmm eval score {b.name}")
+        folder = args.out / b.name / "export"
+        run = _run(b, args, None)
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in b.export(run, folder):
+            print(file)
+
+
+def table(args: argparse.Namespace) -> None:
+    """Runs beside each other and beside published figures."""
+    found = report.read_runs(args.runs)
+    order = list(registry.benchmarks())
+    text = report.markdown(found, order)
+    print(text, end="")
+    if args.markdown:
+        runs.write_whole(args.markdown, text)
+    if args.html:
+        page = report_html.html(found, order, functools.partial(_pictures, args, {}), examples=args.examples)
+        runs.write_whole(args.html, page)
+
+
+def _pictures(args: argparse.Namespace, read: dict[str, list[Record]], name: str, key: int) -> list[bytes | Path]:
+    """Pictures of a record, or a clip's path; nothing where its data is not at hand."""
+    if name not in read:
+        try:
+            read[name] = _records(registry.benchmarks()[name], args)
+        except UserError as error:
+            print(f"note: no pictures of {name}: {error}", file=sys.stderr)
+            read[name] = []
+    record = next((r for r in read[name] if r.key == key), None)
+    return [p if isinstance(p, bytes) else Path(p) for p in record.images] if record else []
+
+
+def listing(args: argparse.Namespace) -> None:
+    """All benchmarks."""
+    for b in registry.benchmarks().values():
+        how = "judged by an LLM" if b.judged else "scored here" if b.score else "scored by a server"
+        print(f"{b.name:26} {b.title:44} {b.folder:28} {how}")
+
+
+def _records(b: Benchmark, args: argparse.Namespace) -> list[Record]:
+    folder = _folders(args).get(b.name, args.data / b.folder)
+    return b.records(folder)
+
+
+def _folders(args: argparse.Namespace) -> dict[str, Path]:
+    pairs = [text.partition("=") for text in args.folder]
+    for name, sign, path in pairs:
+        if not sign or not path or name not in registry.benchmarks():
+            raise UserError(f"--folder {name}{sign}{path}: expected BENCHMARK=FOLDER")
+    return {name: Path(path) for name, _, path in pairs}
+
+
+def _run(b: Benchmark, args: argparse.Namespace, judge: Judge | None) -> Run:
+    """The answers of a run folder or of a file; refuses when some are missing, unless they may be."""
+    records = _records(b, args)
+    if args.answers:
+        broken: list[int] | None = [] if args.allow_missing else None
+        answers = runs.from_file(b, records, args.answers, broken)
+        if broken:
+            print(f"note: lines {_some(broken)} of {args.answers} are not JSON objects and are left out", file=sys.stderr)
+    else:
+        answers = runs.gather(records, runs.Answers(args.out, b).read())
+    missing = [a.record.key for a in answers if a.fault == runs.MISSING]
+    if missing and not args.allow_missing:
+        raise UserError(
+            f"{len(missing)} of {len(records)} records have no answer (number {_some(missing)}): answer them, or count them "
+            "as wrong with --allow-missing"
+        )
+    return Run(_folders(args).get(b.name, args.data / b.folder), answers, judge)
+
+
+def _keep(out: Path, b: Benchmark, run: Run, found: Score, words: wording.Wording) -> None:
+    """Prints a score and writes it down."""
+    counts = runs.counts(run.answers)
+    folder = out / b.name
+    folder.mkdir(parents=True, exist_ok=True)
+    judged = {"model": run.judge.model, "served": sorted(run.judge.served), "wording": _label(words)} if b.judged else None
+    scores = {
+        "benchmark": b.name,
+        "title": b.title,
+        "headline_name": b.headline,
+        **runs.as_json(found),
+        "counts": counts,
+        "published": dict(b.published),
+        "judge": judged,
+        "settings": runs.settings_of(out) | runs.settings_of(runs.Answers(out, b).folder),
+    }
+    runs.write_whole(folder / "scores.json", json.dumps(scores, indent=2) + "\n")
+    lines = (_scored(a, right) for a, right in zip(run.answers, found.right, strict=True))
+    runs.write_whole(folder / "scored.jsonl", "".join(lines))
+    print(f"{b.title}: {found.headline:.2f} ({b.headline}), {counts['records']} records")
+    for name in ("missing", "faults"):
+        if counts[name]:
+            print(f"  {counts[name]} {name}, counted as wrong")
+    for note in found.notes:
+        print(f"  note: {note}")
+
+
+def _scored(a: Answered, right: float | None) -> str:
+    row = {"key": a.record.key, "question": a.record.text, "reply": a.reply, "fault": a.fault, "right": right}
+    return json.dumps(row) + "\n"
+
+
+def _load(args: argparse.Namespace) -> Assistant:
+    import jax
+
+    from lmm_jax.inference.assistant import load
+
+    if jax.process_count() > 1:
+        from lmm_jax.sharding import make_mesh
+
+        return load(args.model, mesh=make_mesh(args.mesh, jax.local_devices()), dtype=args.dtype)
+    return load(args.model, mesh=args.mesh, dtype=args.dtype)
+
+
+def _settings(args: argparse.Namespace, assistant: Assistant) -> dict[str, Any]:
+    """What decides about answers: the model to the bit, how it computes, how it is asked."""
+    from lmm_jax.evaluation.runner import model_name
+
+    digest = hashlib.blake2b(digest_size=8)
+    for name in ("config.json", "params/manifest.ocdbt"):
+        digest.update((assistant.folder / name).read_bytes())
+    return {
+        "model": args.name or model_name(assistant.folder),
+        "folder": str(assistant.folder.resolve()),
+        "digest": digest.hexdigest(),
+        "template": args.template or assistant.config.template,
+        "dtype": str(assistant.engine.dtype),
+        "versions": {name: metadata.version(name) for name in ("lmm-jax", "jax", "flax")},
+    }
+
+
+def _label(words: wording.Wording) -> dict[str, str]:
+    return {"name": words.name, "digest": words.digest}
+
+
+def _judge(args: argparse.Namespace) -> Judge | None:
+    if not args.judge:
+        return None
+    shown = _Shown()
+    endpoint = Endpoint(args.judge_url, key_variable=args.judge_key)
+    cache = args.out / "judge.jsonl"
+    return Judge(args.judge, endpoint, cache, runs=args.judge_runs, prices=tuple(args.judge_prices), watch=shown)
+
+
+class _Shown:
+    """Calls, tokens and cost so far, in one line that is written over."""
+
+    def __call__(self, usage: Usage) -> None:
+        text = f"judge: {usage.calls} calls, {usage.cached} from disk, {usage.failures} failed, cost {usage.cost:.4f}"
+        print(f"\r{text}", end="" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
+
+
+def _wording(args: argparse.Namespace) -> wording.Wording:
+    return wording.load(args.wording) if args.wording else wording.own()
+
+
+def _shard(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise UserError(f"--shard {text}: expected the shard's number and how many there are, as 1/4")
+    return int(match[1]) - 1, int(match[2])
+
+
+def _some(items: Sequence[Any]) -> str:
+    return ", ".join(map(str, items[:_LISTED])) + (" …" if len(items) > _LISTED else "")
+
+
+def add_parser(commands: Any) -> None:
+    """Adds ``eval`` to the command line."""
+    parser = commands.add_parser("eval", help="run benchmarks", description="Benchmarks: answer, then score, then table.")
+    parts = parser.add_subparsers(dest="part", required=True, metavar="COMMAND")
+    names = f"benchmarks, as `lmm eval list` shows them, or {' or '.join(registry.GROUPS)} for all of these"
+
+    def part(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        made = parts.add_parser(name, help=text, description=(run.__doc__ or "").splitlines()[0])
+        made.set_defaults(run=run)
+        return made
+
+    one = part("answer", answer, "ask a model the questions of benchmarks")
+    one.add_argument("benchmarks", nargs="+", metavar="BENCH", help=names)
+    one.add_argument("--model", metavar="DIR", help="a model folder, made by python -m conversion from-hf")
+    one.add_argument("--name", metavar="NAME", help="of the model in tables (its folder's)")
+    one.add_argument("--mesh", metavar="SIZES", help="devices of this host, as data=1,fsdp=8,tensor=1 (one device)")
+    one.add_argument("--dtype", choices=("float32", "bfloat16"), help="of weights and arithmetic (by platform)")
+    one.add_argument("--template", choices=TEMPLATES, help="prompt template (the model's own)")
+    one.add_argument("--batch-size", type=int, default=32, metavar="N", help="questions at once (32)")
+    one.add_argument("--max-new-tokens", type=int, metavar="N", help="longest reply (the benchmark's)")
+    one.add_argument("--shard", default="1/1", metavar="I/N", help="answer the I-th of N parts (all)")
+    _common(one, "count questions whose pictures are not there as wrong")
+
+    two = part("score", score, "figures from answers")
+    two.add_argument("benchmarks", nargs="+", metavar="BENCH", help=names)
+    two.add_argument("--name", metavar="NAME", help="of the model in tables, with --answers (the file's)")
+    judge = two.add_argument_group("judge, for benchmarks that an LLM judges")
+    judge.add_argument("--judge", metavar="MODEL", help="its name at the endpoint")
+    judge.add_argument("--judge-url", default=OPENAI, metavar="URL", help=f"an OpenAI-compatible endpoint ({OPENAI})")
+    judge.add_argument("--judge-key", default="OPENAI_API_KEY", metavar="VAR", help="environment variable with its key")
+    judge.add_argument("--judge-runs", type=int, default=1, metavar="N", help="judgings that are averaged (1)")
+    judge.add_argument(
+        "--judge-prices", type=float, nargs=2, default=(0.0, 0.0), metavar=("IN", "OUT"), help="of a million tokens"
+    )
+    _common(two, "count missing answers as wrong")
+
+    three = part("export", export, "files to hand in")
+    three.add_argument("benchmarks", nargs="+", metavar="BENCH", help=names)
+    _common(three, "count missing answers as empty")
+    for made in (two, three):
+        made.add_argument("--answers", type=Path, metavar="FILE", help="an answers file in the published form (the run's)")
+
+    four = part("table", table, "runs side by side, and published figures")
+    four.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
+    four.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there, too")
+    four.add_argument("--html", type=Path, metavar="FILE", help="write a page with examples there")
+    four.add_argument("--examples", type=int, default=6, metavar="N", help="right and wrong answers to show, of each (6)")
+    _places(four)
+
+    part("list", listing, "all benchmarks")
+
+
+def _common(parser: argparse.ArgumentParser, missing: str) -> None:
+    parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder of the run")
+    parser.add_argument("--allow-missing", action="store_true", help=missing)
+    parser.add_argument("--wording", type=Path, metavar="FILE", help="published instructions and judge messages (our own)")
+    _places(parser)
+
+
+def _places(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, default=Path("data/eval"), metavar="ROOT", help="benchmarks' files (data/eval)")
+    parser.add_argument("--folder", action="append", default=[], metavar="BENCH=DIR", help="where one lies instead")

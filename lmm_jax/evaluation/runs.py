@@ -1,0 +1,199 @@
+"""A run folder: what was asked, of which model, and every answer so far.
+
+RUN/settings.json                    model, template, limits, versions: an answer given otherwise is never mixed in
+RUN/BENCHMARK/part.1of4.jsonl        answers of one shard in the order they came: key, reply, fault
+RUN/BENCHMARK/answers.jsonl          all of them in the benchmark's published form, once there are all
+RUN/BENCHMARK/scores.json            figures and counts
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lmm_jax.errors import UserError
+from lmm_jax.evaluation.benchmark import Answered, Benchmark, Record, Row, read_json, read_lines
+
+MISSING = "missing"
+SETTINGS = "settings.json"
+
+
+class Answers:
+    """The answers of a benchmark in a run folder; several processes may add to it, each to a file of its own."""
+
+    def __init__(self, run: Path, benchmark: Benchmark) -> None:
+        """Nothing is read yet."""
+        self.folder = run / (benchmark.answers or benchmark.name)
+        self._benchmark = benchmark
+
+    def read(self) -> dict[int, tuple[str, str]]:
+        """Key -> (reply, fault) of all parts; a line that a killed process left half written is not there.
+
+        Raises:
+          UserError: a part that is no part.
+        """
+        found: dict[int, tuple[str, str]] = {}
+        for file in sorted(self.folder.glob("part.*.jsonl")):
+            whole = file.read_bytes()
+            for number, line in enumerate(whole[: whole.rfind(b"\n") + 1].splitlines(), 1):
+                try:
+                    row = json.loads(line)
+                    found.setdefault(int(row["key"]), (str(row["reply"]), str(row["fault"])))
+                except (ValueError, KeyError, TypeError) as error:
+                    raise UserError(f"line {number} of {file} is not an answer: remove the line, or the file") from error
+        return found
+
+    def writer(self, shard: int, shards: int) -> PartWriter:
+        """Adds to the part of one shard."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return PartWriter(self.folder / f"part.{shard + 1}of{shards}.jsonl")
+
+    def merge(self, records: Sequence[Record], model: str) -> Path | None:
+        """Writes `answers.jsonl` once every record has been answered, and returns it; None while some have not."""
+        found = self.read()
+        if any(record.key not in found for record in records):
+            return None
+        lines = []
+        for record in records:
+            reply, fault = found[record.key]
+            row = self._benchmark.answer_row(record, reply) | {"key": record.key, "model_id": model}
+            lines.append(json.dumps(row | ({"fault": fault} if fault else {}), ensure_ascii=False) + "\n")
+        return write_whole(self.folder / "answers.jsonl", "".join(lines))
+
+
+class PartWriter:
+    """Appends answers; every line is on its way to the disk when `add` returns."""
+
+    def __init__(self, file: Path) -> None:
+        """Removes a line that a killed process left half written.
+
+        Raises:
+          UserError: another process is adding to the file.
+        """
+        self._file = file.open("a", encoding="utf-8", errors="backslashreplace")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another process is adding to {file}: wait for it, or stop it") from error
+        except OSError:
+            pass  # a file system without locks
+        self._file.truncate(file.read_bytes().rfind(b"\n") + 1)
+
+    def add(self, answers: Sequence[Answered]) -> None:
+        """Some answers."""
+        for a in answers:
+            self._file.write(json.dumps({"key": a.record.key, "reply": a.reply, "fault": a.fault}, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Ends it."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def __enter__(self) -> PartWriter:
+        """Itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes it."""
+        self.close()
+
+
+def settle(folder: Path, settings: dict[str, Any]) -> None:
+    """Writes down how questions are put, or checks that they are still put so; versions of libraries may change.
+
+    Raises:
+      UserError: they were put otherwise, or the folder is something else.
+    """
+    file = folder / SETTINGS
+    if file.exists():
+        before = settings_of(folder)
+        names = sorted((set(before) | set(settings)) - {"versions"})
+        changed = [f"{n} was {before.get(n)!r} and is {settings.get(n)!r}" for n in names if before.get(n) != settings.get(n)]
+        if changed:
+            raise UserError(f"{folder} was begun otherwise ({'; '.join(changed)}): give it the same, or choose another folder")
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty and holds no {SETTINGS} of a run: choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(file, json.dumps(settings, indent=2) + "\n")
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """What `settle` wrote; nothing where it never did.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    file = folder / SETTINGS
+    found = read_json(file) if file.exists() else {}
+    if not isinstance(found, dict):
+        raise UserError(f"{file} does not hold settings: remove the folder, or choose another one")
+    return found
+
+
+def gather(records: Sequence[Record], found: dict[int, tuple[str, str]]) -> list[Answered]:
+    """Each record with its answer, or marked as missing."""
+    return [Answered(record, *found.get(record.key, ("", MISSING))) for record in records]
+
+
+def from_file(benchmark: Benchmark, records: Sequence[Record], file: Path, broken: list[int] | None = None) -> list[Answered]:
+    """Answers from a file in the benchmark's published form, made by whomever, in any order. Replies are taken as they are.
+
+    Args:
+      benchmark: tells which line belongs to which record.
+      records: all of them.
+      file: JSON lines.
+      broken: see `benchmark.read_lines`.
+
+    Raises:
+      UserError: a line that belongs to no record, or to one that has an answer already; one that holds no reply.
+    """
+    found: dict[int, tuple[str, str]] = {}
+    after = 0
+    rows = (row for line in read_lines(file, broken) for row in benchmark.rows_of(line))
+    for number, row in enumerate(rows, 1):
+        places = (*range(after, len(records)), *range(after))  # mostly the lines are in the order of the records
+        fits = (i for i in places if records[i].key not in found and benchmark.same_record(records[i], row))
+        place = next(fits, None)
+        if place is None:
+            raise UserError(f"answer {number} in {file} is to no record of {benchmark.title}, or to one that has an answer")
+        found[records[place].key] = _reply(benchmark, row, number, file), str(row.get("fault", ""))
+        after = place + 1
+    return gather(records, found)
+
+
+def _reply(benchmark: Benchmark, row: Row, number: int, file: Path) -> str:
+    try:
+        reply = benchmark.reply_of(row)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"answer {number} in {file} holds no reply: {error} is missing") from error
+    if not isinstance(reply, str):
+        raise UserError(f"answer {number} in {file} holds {reply!r:.40} in place of a reply")
+    return reply
+
+
+def counts(answers: Sequence[Answered]) -> dict[str, int]:
+    """How many records there are, and how many of them have no answer or none that counts."""
+    faults = [a.fault for a in answers if a.fault]
+    return {"records": len(answers), "missing": faults.count(MISSING), "faults": len(faults) - faults.count(MISSING)}
+
+
+def write_whole(file: Path, text: str) -> Path:
+    """A file that is there whole or not at all."""
+    part = file.with_name(f".{file.name}.part")
+    part.write_text(text, "utf-8", errors="backslashreplace")
+    os.replace(part, file)
+    return file
+
+
+def as_json(score: Any) -> dict[str, Any]:
+    """A score for a file; not what each single record got."""
+    values = dataclasses.asdict(score)
+    values.pop("right")
+    return values
