@@ -76,7 +76,7 @@ def arm(name: str, changes: dict[str, Any], seed: int, steps: int) -> TrainConfi
     """The run of one arm; pictures only, since clips tell the same story at several times the cost."""
     base = demo_4_mini.get_config()
     frozen = "vision_tower/.*" + ("|compressor/pos_embed" if "compressor_size" in changes else "")
-    groups = (GroupConfig(frozen), GroupConfig(rf"(?!{frozen}).*", 1e-3))
+    groups = (GroupConfig(frozen), GroupConfig(rf"(?!{frozen}).*", 5e-4))
     return dataclasses.replace(
         base,
         folder=f"{demo.FOLDER}/claims/{'_'.join(name.replace(',', '').split())}_{seed}_{steps}",

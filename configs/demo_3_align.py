@@ -12,7 +12,7 @@ from train.config import GroupConfig, OptimizerConfig, StartConfig, TrainConfig
 def get_config() -> TrainConfig:
     """The run."""
     before = demo_2_world.get_config()
-    groups = (GroupConfig(r"mm_projector/.*", 1e-3), GroupConfig(r"(?!mm_projector/).*"))
+    groups = (GroupConfig(r"mm_projector/.*", 5e-4), GroupConfig(r"(?!mm_projector/).*"))
     return dataclasses.replace(
         before,
         folder=f"{demo.FOLDER}/3_align",

@@ -13,7 +13,7 @@ def get_config() -> TrainConfig:
     """The run."""
     before = demo_3_align.get_config()
     frozen = r"vision_tower/.*|compressor/pos_embed"
-    groups = (GroupConfig(frozen), GroupConfig(rf"(?!{frozen}).*", 1e-3))
+    groups = (GroupConfig(frozen), GroupConfig(rf"(?!{frozen}).*", 5e-4))
     return dataclasses.replace(
         before,
         folder=f"{demo.FOLDER}/4_mini",
