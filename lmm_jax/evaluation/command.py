@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import sys
+import time
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from lmm_jax.inference.assistant import Assistant
 
 _LISTED = 10  # files or records that an error names
+_BETWEEN = 30.0  # seconds between lines on a judge in a log
 
 
 def answer(args: argparse.Namespace) -> None:
@@ -60,21 +62,24 @@ def answer(args: argparse.Namespace) -> None:
 
 def score(args: argparse.Namespace) -> None:
     """Figures, from a run folder or from an answers file; needs no accelerator."""
-    if args.answers and not (args.out / runs.SETTINGS).exists():
-        runs.settle(args.out, {"model": args.name or args.answers.stem, "answers": str(args.answers.resolve())})
     words = _wording(args)
-    judge, failed = _judge(args), []
-    for b in registry.choose(args.benchmarks, words):
+    chosen = registry.choose(args.benchmarks, words)
+    shown, failed = _Shown(), []
+    judge = _judge(args, shown)
+    for b in chosen:
         if b.score is None:
             print(f"{b.title}: scored by its server only: lmm eval export {b.name}")
             continue
         try:
             run = _run(b, args, judge)
-            _keep(args.out, b, run, b.score(run), words)
+            found = b.score(run)
+            shown.end()
+            _keep(args, b, run, found, words)
         except UserError as error:
-            failed.append(f"{b.title}: {error}")
-            if len(args.benchmarks) == 1:
+            shown.end()
+            if len(chosen) == 1:
                 raise
+            failed.append(f"{b.title}: {error}")
     if failed:
         raise UserError("; ".join(failed))
 
@@ -145,6 +150,8 @@ def _run(b: Benchmark, args: argparse.Namespace, judge: Judge | None) -> Run:
         answers = runs.from_file(b, records, args.answers, broken)
         if broken:
             print(f"note: lines {_some(broken)} of {args.answers} are not JSON objects and are left out", file=sys.stderr)
+    elif not (args.out / runs.SETTINGS).exists():
+        raise UserError(f"{args.out} is no run: ask a model with `lmm eval answer` first, or give --answers FILE")
     else:
         answers = runs.gather(records, runs.Answers(args.out, b).read())
     missing = [a.record.key for a in answers if a.fault == runs.MISSING]
@@ -153,13 +160,17 @@ def _run(b: Benchmark, args: argparse.Namespace, judge: Judge | None) -> Run:
             f"{len(missing)} of {len(records)} records have no answer (number {_some(missing)}): answer them, or count them "
             "as wrong with --allow-missing"
         )
+    if args.answers:  # only now: a slip in the command leaves no run behind
+        name = args.name or runs.settings_of(args.out).get("model", args.answers.stem)
+        runs.settle(args.out, {"model": name})
     return Run(_folders(args).get(b.name, args.data / b.folder), answers, judge)
 
 
-def _keep(out: Path, b: Benchmark, run: Run, found: Score, words: wording.Wording) -> None:
+def _keep(args: argparse.Namespace, b: Benchmark, run: Run, found: Score, words: wording.Wording) -> None:
     """Prints a score and writes it down."""
     counts = runs.counts(run.answers)
-    folder = out / b.name
+    folder = args.out / b.name
+    asked = {"answers": str(args.answers.resolve())} if args.answers else runs.settings_of(runs.Answers(args.out, b).folder)
     folder.mkdir(parents=True, exist_ok=True)
     judged = {"model": run.judge.model, "served": sorted(run.judge.served), "wording": _label(words)} if b.judged else None
     scores = {
@@ -170,7 +181,7 @@ def _keep(out: Path, b: Benchmark, run: Run, found: Score, words: wording.Wordin
         "counts": counts,
         "published": dict(b.published),
         "judge": judged,
-        "settings": runs.settings_of(out) | runs.settings_of(runs.Answers(out, b).folder),
+        "settings": runs.settings_of(args.out) | asked,
     }
     runs.write_whole(folder / "scores.json", json.dumps(scores, indent=2) + "\n")
     lines = (_scored(a, right) for a, right in zip(run.answers, found.right, strict=True))
@@ -221,21 +232,33 @@ def _label(words: wording.Wording) -> dict[str, str]:
     return {"name": words.name, "digest": words.digest}
 
 
-def _judge(args: argparse.Namespace) -> Judge | None:
+def _judge(args: argparse.Namespace, shown: _Shown) -> Judge | None:
     if not args.judge:
         return None
-    shown = _Shown()
     endpoint = Endpoint(args.judge_url, key_variable=args.judge_key)
     cache = args.out / "judge.jsonl"
     return Judge(args.judge, endpoint, cache, runs=args.judge_runs, prices=tuple(args.judge_prices), watch=shown)
 
 
 class _Shown:
-    """Calls, tokens and cost so far, in one line that is written over."""
+    """Calls and cost so far, in one line that is written over; in a log, a line now and then."""
+
+    def __init__(self) -> None:
+        self._text, self._next = "", time.monotonic() + _BETWEEN
 
     def __call__(self, usage: Usage) -> None:
-        text = f"judge: {usage.calls} calls, {usage.cached} from disk, {usage.failures} failed, cost {usage.cost:.4f}"
-        print(f"\r{text}", end="" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
+        self._text = f"judge: {usage.calls} calls, {usage.cached} from disk, {usage.failures} failed, cost {usage.cost:.4f}"
+        if sys.stderr.isatty():
+            print(f"\r{self._text}", end="", file=sys.stderr, flush=True)
+        elif time.monotonic() > self._next:
+            self._next = time.monotonic() + _BETWEEN
+            print(self._text, file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """The last line, and what follows goes below it."""
+        if self._text:
+            print(f"\r{self._text}" if sys.stderr.isatty() else self._text, file=sys.stderr, flush=True)
+            self._text = ""
 
 
 def _wording(args: argparse.Namespace) -> wording.Wording:
@@ -278,7 +301,6 @@ def add_parser(commands: Any) -> None:
 
     two = part("score", score, "figures from answers")
     two.add_argument("benchmarks", nargs="+", metavar="BENCH", help=names)
-    two.add_argument("--name", metavar="NAME", help="of the model in tables, with --answers (the file's)")
     judge = two.add_argument_group("judge, for benchmarks that an LLM judges")
     judge.add_argument("--judge", metavar="MODEL", help="its name at the endpoint")
     judge.add_argument("--judge-url", default=OPENAI, metavar="URL", help=f"an OpenAI-compatible endpoint ({OPENAI})")
@@ -294,6 +316,7 @@ def add_parser(commands: Any) -> None:
     _common(three, "count missing answers as empty")
     for made in (two, three):
         made.add_argument("--answers", type=Path, metavar="FILE", help="an answers file in the published form (the run's)")
+        made.add_argument("--name", metavar="NAME", help="of the model in tables, with --answers (the file's)")
 
     four = part("table", table, "runs side by side, and published figures")
     four.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")

@@ -176,8 +176,8 @@ def markdown(runs: Sequence[RunResults], order: Sequence[str]) -> str:
 
 
 def legible(text: str) -> str:
-    """Text whose characters may stand in any page: controls become pictures of themselves, or a sign for what is lost."""
-    return _ILLEGIBLE.sub(lambda m: chr(0x2400 + ord(m[0])) if m[0] < " " else "\ufffd", text.replace("\r\n", "\n"))
+    """Text whose characters may stand in any page; a replacement character stands for each that may not."""
+    return _ILLEGIBLE.sub("\ufffd", text.replace("\r\n", "\n"))
 
 
 def number(value: float | None, decimals: int) -> str:

@@ -118,8 +118,8 @@ def settle(folder: Path, settings: dict[str, Any]) -> None:
         if changed:
             raise UserError(f"{folder} was begun otherwise ({'; '.join(changed)}): give it the same, or choose another folder")
         return
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty and holds no {SETTINGS} of a run: choose another folder")
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} is no empty folder and holds no {SETTINGS} of a run: choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(file, json.dumps(settings, indent=2) + "\n")
 
@@ -185,10 +185,17 @@ def counts(answers: Sequence[Answered]) -> dict[str, int]:
 
 
 def write_whole(file: Path, text: str) -> Path:
-    """A file that is there whole or not at all."""
+    """A file that is there whole or not at all.
+
+    Raises:
+      UserError: it cannot be written.
+    """
     part = file.with_name(f".{file.name}.part")
-    part.write_text(text, "utf-8", errors="backslashreplace")
-    os.replace(part, file)
+    try:
+        part.write_text(text, "utf-8", errors="backslashreplace")
+        os.replace(part, file)
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error}") from error
     return file
 
 

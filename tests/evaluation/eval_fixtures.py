@@ -4,9 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
+from lmm_jax.cli import main
 from lmm_jax.evaluation.benchmark import Answered, Run
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "evaluation"
+VQAV2_FILES = ("llava_vqav2_mscoco_test-dev2015.jsonl", "llava_vqav2_mscoco_test2015.jsonl")
+MME_RELEASE = "MME_Benchmark_release_version"
 
 
 def golden(name):
@@ -34,6 +37,99 @@ def layout(folder, fixture, names):
 def write_lines(file, rows):
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def question(row, image):
+    """The question of which a row of an answers file is the answer."""
+    return {"question_id": row["question_id"], "image": image, "text": row["prompt"], "category": "default"}
+
+
+def scienceqa_entry(name, problem):
+    """A record of the question file."""
+    context = f"Context: {problem['hint']}\n" if problem["hint"] else ""
+    options = "".join(f"\n{letter}. {choice}" for letter, choice in zip("ABCDE", problem["choices"]))
+    value = f"{'<image>' if problem['image'] else ''}\n{context}{problem['question']}{options}"
+    turns = [{"from": "human", "value": value}, {"from": "gpt", "value": "ABCDE"[problem["answer"]]}]
+    return {"id": name, "conversations": turns} | ({"image": f"{name}/image.png"} if problem["image"] else {})
+
+
+LAYOUTS = {  # fixture -> its folder below the data root, as eval.zip names it, and which files lie where there
+    "vqav2": ("vqav2", {name: name for name in VQAV2_FILES}),
+    "gqa": ("gqa", {"testdev_balanced_questions.json": "data/testdev_balanced_questions.json"}),
+    "vizwiz": ("vizwiz", {"llava_test.jsonl": "llava_test.jsonl"}),
+    "textvqa": ("textvqa", {"TextVQA_0.5.1_val.json": "TextVQA_0.5.1_val.json"}),
+    "pope": ("pope", {"llava_pope_test.jsonl": "llava_pope_test.jsonl", "coco": "coco"}),
+    "mme": ("MME", {"llava_mme.jsonl": "llava_mme.jsonl", MME_RELEASE: MME_RELEASE}),
+    "scienceqa": ("scienceqa", {name: name for name in ("problems.json", "pid_splits.json")}),
+    "mmbench": ("mmbench", {"mmbench.tsv": "mmbench_dev_20230712.tsv"}),
+    "mmbench_cn": ("mmbench_cn", {"mmbench.tsv": "mmbench_dev_cn_20231003.tsv"}),
+    "seed": ("seed_bench", {"SEED-Bench.json": "SEED-Bench.json"}),
+}
+VIDEO = {"mvbench": "MVBench", "mlvu": "MLVU", "egoschema": "egoschema"}  # fixtures that are laid out as published
+
+
+def lay_out(root, name):
+    """A fixture as a benchmark's folder below the data root; questions that it has only in its answers are made of these."""
+    folder = layout(root / LAYOUTS[name][0], name, LAYOUTS[name][1])
+    if name == "gqa":
+        write_lines(folder / "llava_gqa_testdev_balanced.jsonl", [question(r, "n1.jpg") for r in lines("gqa/answers.jsonl")])
+    elif name == "textvqa":
+        questions = [question(row, f"{row['question_id']}.jpg") for row in lines("textvqa/answers.jsonl")]
+        write_lines(folder / "llava_textvqa_val_v051_ocr.jsonl", questions)
+    elif name == "scienceqa":
+        entries = [scienceqa_entry(*item) for item in golden("scienceqa/problems.json").items()]
+        (folder / "llava_test_CQM-A.json").write_text(json.dumps(entries))
+    elif name == "seed":
+        rows = lines("seed/answers.jsonl")
+        ids = [*((row["question_id"], row["prompt"]) for row in rows), (109, rows[0]["prompt"])]
+        questions = [{"question_id": i, "image": f"SEED-Bench-image/{i}", "text": text} for i, text in ids]
+        write_lines(folder / "llava-seed-bench.jsonl", questions)
+    return folder
+
+
+class Place:
+    """A data root with fixtures, a run folder, and the command line over both."""
+
+    def __init__(self, tmp_path, capsys):
+        self.root, self.run, self._capsys = tmp_path / "data", tmp_path / "run", capsys
+
+    def lay(self, fixture):
+        """A fixture's folder in the data root."""
+        if fixture in LAYOUTS:
+            return lay_out(self.root, fixture)
+        return shutil.copytree(GOLDEN / fixture, self.root / VIDEO.get(fixture, fixture))
+
+    def call(self, *words):
+        """(status, stdout, stderr)"""
+        status = main(["eval", *map(str, words)])
+        return (status, *self._capsys.readouterr())
+
+    def refused(self, *words):
+        """The one sentence on stderr."""
+        status, out, err = self.call(*words)
+        assert status == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1, (status, out, err)
+        return err
+
+    def part(self, part, name, *more, answers=None, out=None):
+        given = ["--answers", answers] if answers else []
+        return self.call(part, name, "--data", self.root, "--out", out or self.run, *given, *more)
+
+    def score(self, name, answers, *more, out=None):
+        """What scores.json holds."""
+        status, _, err = self.part("score", name, *more, answers=answers, out=out)
+        assert status == 0, err
+        return json.loads(((out or self.run) / name / "scores.json").read_text())
+
+    def export(self, name, answers, *more):
+        """The files that are written, of which stdout tells."""
+        status, out, err = self.part("export", name, *more, answers=answers)
+        assert status == 0, err
+        return sorted((self.run / name / "export").iterdir()), out
+
+
+def answers_of(fixture):
+    names = {"vqav2": "merge.jsonl", "mvbench": "expected_answers.jsonl", "mlvu": "expected_answers.jsonl"}
+    return GOLDEN / fixture / names.get(fixture, "expected_answers.jsonl" if fixture == "egoschema" else "answers.jsonl")
 
 
 def run_of(benchmark, folder, rows):

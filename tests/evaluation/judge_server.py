@@ -1,5 +1,6 @@
 """An HTTP server in a thread that judges as a script says: well, slowly, brokenly or not at all."""
 
+import contextlib
 import http.server
 import json
 import threading
@@ -24,6 +25,20 @@ class Server(http.server.ThreadingHTTPServer):
         pass  # clients that hang up are part of the tests
 
 
+@contextlib.contextmanager
+def serving():
+    """A server while it is wanted."""
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -31,6 +46,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.requests.append(
                 {"path": self.path, "headers": dict(self.headers), "body": body, "at": time.monotonic()}
             )
+            self.asked = body
             step = self.server.script.pop(0) if len(self.server.script) > 1 else self.server.script[0]
         step(self)
 
@@ -49,6 +65,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 def says(text, **usage):
     return lambda handler: handler.answer(completion(text, **usage))
+
+
+def judges(recorder):
+    """Says what a function of the request says."""
+    return lambda handler: handler.answer(completion(recorder(handler.asked)))
 
 
 def fails(status, *headers, body=b"no"):

@@ -5,14 +5,13 @@ from eval_fixtures import (
     GOLDEN,
     asked,
     golden,
-    layout,
+    lay_out,
     lines,
     published_rows,
     run_of,
     stripped,
     user_texts,
     without,
-    write_lines,
 )
 
 from lmm_jax.errors import UserError
@@ -20,36 +19,17 @@ from lmm_jax.evaluation.benchmark import Run
 from lmm_jax.evaluation.choice import BENCHMARKS, MMBENCH_CN, SCIENCEQA, SEED
 from lmm_jax.evaluation.parsing import scienceqa_letter
 
-SQA_FILES = ("problems.json", "pid_splits.json")
-
-
-def scienceqa_entry(name, problem):
-    """A record of the question file."""
-    context = f"Context: {problem['hint']}\n" if problem["hint"] else ""
-    options = "".join(f"\n{letter}. {choice}" for letter, choice in zip("ABCDE", problem["choices"]))
-    value = f"{'<image>' if problem['image'] else ''}\n{context}{problem['question']}{options}"
-    turns = [{"from": "human", "value": value}, {"from": "gpt", "value": "ABCDE"[problem["answer"]]}]
-    return {"id": name, "conversations": turns} | ({"image": f"{name}/image.png"} if problem["image"] else {})
-
 
 @pytest.fixture
 def scienceqa(tmp_path):
     """One answer is missing."""
-    folder = layout(tmp_path / "scienceqa", "scienceqa", {name: name for name in SQA_FILES})
-    entries = [scienceqa_entry(*item) for item in golden("scienceqa/problems.json").items()]
-    (folder / "llava_test_CQM-A.json").write_text(json.dumps(entries))
-    return run_of(SCIENCEQA, folder, lines("scienceqa/answers.jsonl"))
+    return run_of(SCIENCEQA, lay_out(tmp_path, "scienceqa"), lines("scienceqa/answers.jsonl"))
 
 
 @pytest.fixture
 def seed(tmp_path):
     """One answer, to question 109, is missing."""
-    folder = layout(tmp_path / "seed_bench", "seed", {"SEED-Bench.json": "SEED-Bench.json"})
-    rows = lines("seed/answers.jsonl")
-    ids = [*((row["question_id"], row["prompt"]) for row in rows), (109, rows[0]["prompt"])]
-    questions = [{"question_id": i, "image": f"SEED-Bench-image/{i}", "text": text} for i, text in ids]
-    write_lines(folder / "llava-seed-bench.jsonl", questions)
-    return run_of(SEED, folder, rows)
+    return run_of(SEED, lay_out(tmp_path, "seed"), lines("seed/answers.jsonl"))
 
 
 def edit(file, change):

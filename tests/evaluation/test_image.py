@@ -2,7 +2,7 @@ import json
 import time
 
 import pytest
-from eval_fixtures import golden, layout, lines, published_rows, run_of, stripped, without, write_lines
+from eval_fixtures import VQAV2_FILES, golden, lay_out, layout, lines, published_rows, run_of, stripped, without, write_lines
 
 from lmm_jax.errors import UserError
 from lmm_jax.evaluation.benchmark import Answered, Record, Run
@@ -10,17 +10,10 @@ from lmm_jax.evaluation.image import BENCHMARKS, GQA, TEXTVQA, VIZWIZ, VQAV2
 from lmm_jax.evaluation.parsing import normalise
 from lmm_jax.evaluation.reading import SHORT, llava_records
 
-VQAV2_FILES = ("llava_vqav2_mscoco_test-dev2015.jsonl", "llava_vqav2_mscoco_test2015.jsonl")
-
-
-def question(row, image):
-    """The question of which a row of an answers file is the answer."""
-    return {"question_id": row["question_id"], "image": image, "text": row["prompt"], "category": "default"}
-
 
 @pytest.fixture
 def vqav2(tmp_path):
-    folder = layout(tmp_path / "vqav2", "vqav2", {name: name for name in VQAV2_FILES})
+    folder = lay_out(tmp_path, "vqav2")
     rows = []
     for line in (layout(tmp_path, "vqav2", {"merge.jsonl": "merge.jsonl"}) / "merge.jsonl").read_text().splitlines():
         try:
@@ -32,25 +25,17 @@ def vqav2(tmp_path):
 
 @pytest.fixture
 def gqa(tmp_path):
-    folder = layout(tmp_path / "gqa", "gqa", {"testdev_balanced_questions.json": "data/testdev_balanced_questions.json"})
-    rows = lines("gqa/answers.jsonl")
-    write_lines(folder / "llava_gqa_testdev_balanced.jsonl", [question(row, "n1.jpg") for row in rows])
-    return run_of(GQA, folder, rows)
+    return run_of(GQA, lay_out(tmp_path, "gqa"), lines("gqa/answers.jsonl"))
 
 
 @pytest.fixture
 def vizwiz(tmp_path):
-    folder = layout(tmp_path / "vizwiz", "vizwiz", {"llava_test.jsonl": "llava_test.jsonl"})
-    return run_of(VIZWIZ, folder, lines("vizwiz/answers.jsonl"))
+    return run_of(VIZWIZ, lay_out(tmp_path, "vizwiz"), lines("vizwiz/answers.jsonl"))
 
 
 @pytest.fixture
 def textvqa(tmp_path):
-    folder = layout(tmp_path / "textvqa", "textvqa", {"TextVQA_0.5.1_val.json": "TextVQA_0.5.1_val.json"})
-    rows = lines("textvqa/answers.jsonl")
-    questions = [question(row, f"{row['question_id']}.jpg") for row in rows]
-    write_lines(folder / "llava_textvqa_val_v051_ocr.jsonl", questions)
-    return run_of(TEXTVQA, folder, rows)
+    return run_of(TEXTVQA, lay_out(tmp_path, "textvqa"), lines("textvqa/answers.jsonl"))
 
 
 def edit(file, change):

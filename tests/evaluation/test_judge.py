@@ -12,7 +12,7 @@ import threading
 import time
 
 import pytest
-from evaluation.judge_server import Handler, Server, completion, cuts_off, fails, hangs_up, says, sends, sleeps, trickles
+from evaluation.judge_server import Handler, completion, cuts_off, fails, hangs_up, says, sends, serving, sleeps, trickles
 from evaluation.judging import canned
 
 from lmm_jax.errors import UserError
@@ -28,13 +28,8 @@ def server(monkeypatch):
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "127.0.0.1")
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving() as server:
+        yield server
 
 
 @pytest.fixture

@@ -2,25 +2,23 @@ import math
 import sys
 
 import pytest
-from eval_fixtures import asked, golden, layout, lines, published_rows, run_of, stripped, user_texts, without
+from eval_fixtures import asked, golden, lay_out, lines, published_rows, run_of, stripped, user_texts, without
 
 from lmm_jax.errors import UserError
 from lmm_jax.evaluation.benchmark import Answered, Run
 from lmm_jax.evaluation.choice import MMBENCH, MMBENCH_AS_PUBLISHED, MMBENCH_CN
 
-DEV, DEV_CN = "mmbench_dev_20230712.tsv", "mmbench_dev_cn_20231003.tsv"
+DEV = "mmbench_dev_20230712.tsv"
 
 
 @pytest.fixture
 def mmbench(tmp_path):
-    folder = layout(tmp_path / "mmbench", "mmbench", {"mmbench.tsv": DEV})
-    return run_of(MMBENCH_AS_PUBLISHED, folder, lines("mmbench/answers.jsonl"))
+    return run_of(MMBENCH_AS_PUBLISHED, lay_out(tmp_path, "mmbench"), lines("mmbench/answers.jsonl"))
 
 
 @pytest.fixture
 def mmbench_cn(tmp_path):
-    folder = layout(tmp_path / "mmbench_cn", "mmbench_cn", {"mmbench.tsv": DEV_CN})
-    return run_of(MMBENCH_CN, folder, lines("mmbench_cn/answers.jsonl"))
+    return run_of(MMBENCH_CN, lay_out(tmp_path, "mmbench_cn"), lines("mmbench_cn/answers.jsonl"))
 
 
 # ---- what is asked, and what is written down

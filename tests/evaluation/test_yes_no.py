@@ -1,5 +1,5 @@
 import pytest
-from eval_fixtures import golden, layout, lines, published_rows, run_of, stripped, without, write_lines
+from eval_fixtures import MME_RELEASE, golden, lay_out, lines, published_rows, run_of, stripped, without, write_lines
 
 from lmm_jax.errors import UserError
 from lmm_jax.evaluation.benchmark import Answered, Run
@@ -8,19 +8,16 @@ from lmm_jax.evaluation.yes_no import BENCHMARKS, MME, POPE
 
 CATEGORIES = ("adversarial", "random", "popular")
 TASKS = golden("protocol_constants.json")["mme_tasks"]
-RELEASE = "MME_Benchmark_release_version"
 
 
 @pytest.fixture
 def pope(tmp_path):
-    folder = layout(tmp_path / "pope", "pope", {"llava_pope_test.jsonl": "llava_pope_test.jsonl", "coco": "coco"})
-    return run_of(POPE, folder, lines("pope/answers.jsonl"))
+    return run_of(POPE, lay_out(tmp_path, "pope"), lines("pope/answers.jsonl"))
 
 
 @pytest.fixture
 def mme(tmp_path):
-    folder = layout(tmp_path / "MME", "mme", {"llava_mme.jsonl": "llava_mme.jsonl", RELEASE: RELEASE})
-    return run_of(MME, folder, lines("mme/answers.jsonl"))
+    return run_of(MME, lay_out(tmp_path, "mme"), lines("mme/answers.jsonl"))
 
 
 @pytest.mark.parametrize("name", ["pope", "mme"])
@@ -33,7 +30,7 @@ def test_rows_are_the_published_ones(request, name):
 
 def test_pictures_lie_where_eval_zip_has_them(pope, mme):
     assert pope.answers[0].record.images == (str(pope.folder / "val2014" / "COCO_val2014_000000000000.jpg"),)
-    assert mme.answers[4].record.images == (str(mme.folder / RELEASE / "artwork" / "images" / "0001.jpg"),)
+    assert mme.answers[4].record.images == (str(mme.folder / MME_RELEASE / "artwork" / "images" / "0001.jpg"),)
     assert [b.published["LLaVA-Mini Vicuna-7B"] for b in BENCHMARKS] == [84.4, 1466.0]
 
 
@@ -198,7 +195,7 @@ def test_half_a_pair(mme):
 
 @pytest.mark.parametrize("text", ["no tab Yes\n", "Is it?\tperhaps\n", ""])
 def test_malformed_truth_of_mme(mme, text):
-    (mme.folder / RELEASE / "count" / "0001.txt").write_text(text)
+    (mme.folder / MME_RELEASE / "count" / "0001.txt").write_text(text)
     with pytest.raises(UserError, match="line 1 of .*0001.txt is .* expected a question, a tab, and Yes or No"):
         MME.score(mme)
 
