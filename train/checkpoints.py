@@ -123,9 +123,13 @@ class Checkpoints:
                 "or choose another folder"
             )
 
-    def close(self) -> None:
+    def wait(self) -> None:
         """Waits until everything is on the disk."""
         self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and ends the threads that write."""
+        self.wait()
         self._manager.close()
 
 

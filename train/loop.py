@@ -64,6 +64,7 @@ def train(config: TrainConfig) -> bool:
         finally:
             run.recorder.close()
         if finished:
+            checkpoints.wait()  # so that a run killed from here on has only its model folder to write
             export(setup, state.trained, state.frozen)
     return finished
 
