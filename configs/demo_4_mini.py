@@ -21,7 +21,13 @@ def get_config() -> TrainConfig:
         data=dataclasses.replace(
             before.data,
             template="",
-            sources=demo.sources("world", "captions", "images", "clip_captions", "clips"),
+            sources=(
+                *demo.sources("world", "captions", sampling="first:8000"),
+                *demo.sources("world", "images", sampling="end:30000"),
+                *demo.sources("binding", "images"),  # pictures not seen before
+                *demo.sources("world", "clip_captions", sampling="first:4000"),
+                *demo.sources("world", "clips"),
+            ),
             buckets=demo.MINI_BUCKETS,
         ),
         optimizer=OptimizerConfig(groups, final=0.05, clip=1.0, b2=0.98, method="muon"),

@@ -29,6 +29,8 @@ def main() -> None:
     # 1. Conversations about pictures and clips: LLaVA JSON beside PNG and MP4 files.
     write_dataset(OUT / "easy", images=16000 // share, clips=0, seed=100, objects=(1, 1))
     write_dataset(OUT / "world", images=60000 // share, clips=12000 // share, seed=200, turns=(4, 10))
+    hard = {"relation": 3, "comparison": 2, "position": 2}  # learnt last, so asked more often
+    write_dataset(OUT / "binding", images=60000 // share, clips=0, seed=400, turns=(4, 10), times=hard)
     write_dataset(OUT / "held_out", images=600 // share + 8, clips=150 // share + 8, seed=300)
 
     # 2. A tokenizer of the words that occur in them.

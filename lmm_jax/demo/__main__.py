@@ -25,6 +25,7 @@ def _parser() -> argparse.ArgumentParser:
 
     data = commands.add_parser("data", help="pictures, clips and conversations to train on")
     data.add_argument("--turns", type=int, nargs=2, default=TURNS, metavar="N", help="questions in a conversation (1 6)")
+    data.add_argument("--times", type=_times, nargs="+", default=[], metavar="TYPE=N", help="ask a type N times as often")
     data.set_defaults(run=_data)
     test = commands.add_parser("test-set", help="pictures, clips and single questions to measure with")
     test.set_defaults(run=_test_set)
@@ -42,6 +43,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _times(text: str) -> tuple[str, int]:
+    name, _, number = text.partition("=")
+    return name, int(number)  # argparse turns the error of `int` into a message
+
+
 def _data(args: argparse.Namespace) -> None:
     with tqdm(total=args.images + args.clips, unit="records") as bar:
         write_dataset(
@@ -51,6 +57,7 @@ def _data(args: argparse.Namespace) -> None:
             seed=args.seed,
             objects=tuple(args.objects),
             turns=tuple(args.turns),
+            times=dict(args.times),
             progress=bar.update,
             workers=args.workers,
         )

@@ -79,9 +79,14 @@ def ask_each(view: View, forms: Sequence[Form], rng: np.random.Generator) -> lis
     return [q for q in asked if q]
 
 
-def ask_several(view: View, forms: Sequence[Form], number: int, rng: np.random.Generator) -> list[Question]:
-    """`number` different questions of all types in turn, or fewer where the scene does not allow as many."""
-    types, asked = list(dict.fromkeys(f.type for f in forms)), {}
+def ask_several(
+    view: View, forms: Sequence[Form], number: int, rng: np.random.Generator, times: Mapping[str, int]
+) -> list[Question]:
+    """`number` different questions of all types in turn, or fewer where the scene does not allow as many.
+
+    In a turn, a type is asked `times` as often, once where that does not tell.
+    """
+    types, asked = [t for t in dict.fromkeys(f.type for f in forms) for _ in range(times.get(t, 1))], {}
     for _ in range(3):  # rounds in which nothing new may be found
         for i in rng.permutation(len(types)):
             question = _ask_type(view, forms, types[i], rng)

@@ -12,7 +12,7 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,6 +60,7 @@ def write_dataset(
     seed: int,
     objects: tuple[int, int] = OBJECTS,
     turns: tuple[int, int] = TURNS,
+    times: Mapping[str, int] | None = None,
     progress: Callable[[int], None] | None = None,
     workers: int = 1,
 ) -> None:
@@ -74,17 +75,20 @@ def write_dataset(
       seed: not negative.
       objects: least and greatest number of things in a picture; clips have at most `clips.MOST_OBJECTS`.
       turns: least and greatest number of questions in a conversation. A simple scene may allow fewer.
+      times: how often a type of question is asked for each time that the others are; 1 where it does not tell.
       progress: is told how many more records are done.
       workers: processes; with several, a script that calls this must be guarded by `if __name__ == "__main__"`.
 
     Raises:
-      UserError: a number out of range, or a folder that holds a data set made with other settings.
+      UserError: a number out of range, an unknown type, or a folder that holds a data set made with other settings.
     """
     _check(images, clips, seed, objects, turns, workers)
+    times = _checked_times(times or {})
     folder = Path(folder)
-    _claim(folder, {"kind": "training", "seed": seed, "objects": list(objects), "turns": list(turns)})
+    settings = {"kind": "training", "seed": seed, "objects": list(objects), "turns": list(turns)}
+    _claim(folder, settings | ({"times": times} if times else {}))
     for medium, number, names in (("image", images, ("captions", "images")), ("video", clips, ("clip_captions", "clips"))):
-        make = functools.partial(_training_records, folder, medium, seed, objects, turns)
+        make = functools.partial(_training_records, folder, medium, seed, objects, turns, times)
         records = _each(make, number, progress, workers)
         for name, column in zip(names, zip(*records)):
             lines = ",\n".join(map(json.dumps, column))
@@ -182,13 +186,13 @@ def _subject(medium: str, seed: int, objects: tuple[int, int], number: int, test
 
 
 def _training_records(
-    folder: Path, medium: str, seed: int, objects: tuple[int, int], turns: tuple[int, int], number: int
+    folder: Path, medium: str, seed: int, objects: tuple[int, int], turns: tuple[int, int], times: dict[str, int], number: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The record of a description and that of a conversation; draws what they are about."""
     kind = _MEDIA[medium]
     subject, rng = _subject(medium, seed, objects, number, test=False)
     caption = kind.describe(subject, rng)
-    asked = ask_several(kind.view(subject), kind.forms, int(rng.integers(turns[0], turns[1] + 1)), rng)
+    asked = ask_several(kind.view(subject), kind.forms, int(rng.integers(turns[0], turns[1] + 1)), rng, times)
     talk = [(q.text, q.answer) for q in asked]
     if rng.random() < _DESCRIBED:
         talk.insert(0, kind.describe(subject, rng))
@@ -258,6 +262,14 @@ def _check(
     for name, (least, most), limit in (("objects", objects, world.MOST_OBJECTS), ("turns", turns, 20)):
         if not 1 <= least <= most <= limit:
             raise UserError(f"{name} is {least} to {most}: expected a range within 1 to {limit}")
+
+
+def _checked_times(times: Mapping[str, int]) -> dict[str, int]:
+    types = sorted({form.type for medium in _MEDIA.values() for form in medium.forms})
+    for name, number in times.items():
+        if name not in types or number < 1:
+            raise UserError(f"{name}={number}: expected one of {', '.join(types)}, and a number of at least 1")
+    return dict(times)
 
 
 def _each(make: Callable[[int], Any], number: int, progress: Callable[[int], None] | None, workers: int) -> list[Any]:
