@@ -32,8 +32,11 @@ def answer(args: argparse.Namespace) -> None:
     words = _wording(args)
     chosen = registry.choose(args.benchmarks, words)
     shard, shards = _shard(args.shard)
+    for name, number in (("--batch-size", args.batch_size), ("--max-new-tokens", args.max_new_tokens)):
+        if number is not None and number < 1:
+            raise UserError(f"{name} {number}: expected at least 1")
     from lmm_jax.cluster import join_processes
-    from lmm_jax.evaluation.runner import Asking, missing_media, model_name
+    from lmm_jax.evaluation.runner import Asking, missing_media
     from lmm_jax.evaluation.runner import answer as ask
 
     read = {b.name: _records(b, args) for b in chosen}
@@ -50,13 +53,14 @@ def answer(args: argparse.Namespace) -> None:
         shard, shards = jax.process_index(), jax.process_count()
     assistant = _load(args)
     limits = {b.name: args.max_new_tokens or b.max_new_tokens for b in chosen}
-    runs.settle(args.out, _settings(args, assistant))
+    settings = _settings(args, assistant)
+    runs.settle(args.out, settings)
     for b in chosen:
         answers = runs.Answers(args.out, b)
         runs.settle(answers.folder, {"max_new_tokens": limits[b.name], "wording": _label(words)})
         asking = Asking(args.batch_size, limits[b.name], args.template, shard, shards)
         ask(assistant, read[b.name], answers, asking, b.title)
-        whole = answers.merge(read[b.name], model_name(assistant.folder))
+        whole = answers.merge(read[b.name], settings["model"])
         print(f"{b.title}: {whole}" if whole else f"{b.title}: this shard is done, others are not")
 
 
