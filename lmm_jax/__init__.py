@@ -11,7 +11,7 @@ __all__ = ["load"]
 
 
 def load(folder: str, **settings: Any) -> Assistant:
-    """A model folder ready to answer; see `lmm_jax.inference.assistant.load` for the settings."""
-    from lmm_jax.inference import assistant  # jax is imported when it is needed
+    """A model folder ready to answer; see `lmm_jax.inference.loading.load` for the settings."""
+    from lmm_jax.inference import loading  # jax is imported when it is needed
 
-    return assistant.load(folder, **settings)
+    return loading.load(folder, **settings)

@@ -79,12 +79,15 @@ class Score:
       figures: all figures by name; names with " / " are parts of a table, as "type / colour".
       right: for each record how right it is, 0 to 1; None where it does not count (text-only records of ScienceQA-IMG).
       notes: sentences about what readers must know: unparsable replies, denominators of zero, judges that failed.
+      expected: for each record the answer that counts as right, as one line of text; None where there is none. Empty where
+        the benchmark has none.
     """
 
     headline: float
     figures: Mapping[str, float]
     right: Sequence[float | None]
     notes: Sequence[str] = ()
+    expected: Sequence[str | None] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +128,11 @@ class Benchmark:
     judged: bool = False
     answers: str = ""
     published: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+def one_line(text: Any) -> str:
+    """A text, or what else a file has for an answer, without line ends."""
+    return " ".join(str(text).split())
 
 
 def read_lines(file: Path, broken: list[int] | None = None) -> list[Row]:

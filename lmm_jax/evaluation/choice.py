@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lmm_jax.errors import UserError
-from lmm_jax.evaluation.benchmark import Answered, Benchmark, Record, Run, Score, read_json
+from lmm_jax.evaluation.benchmark import Answered, Benchmark, Record, Run, Score, one_line, read_json
 from lmm_jax.evaluation.parsing import exact_letter, scienceqa_letter
 from lmm_jax.evaluation.reading import (
     LETTER,
@@ -43,6 +43,11 @@ _MMBENCH_UPLOAD = ("index", "question", *_LETTERS, "prediction", "answer", "spli
 # what pandas reads as an empty cell
 _PANDAS_EMPTY = {"#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN"}
 _PANDAS_EMPTY |= {"<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"}
+
+
+def _option(letter: str, text: Any) -> str:
+    """An option as questions show it."""
+    return one_line(f"{letter}. {text}")
 
 
 # ---- ScienceQA
@@ -132,7 +137,9 @@ def _scienceqa_score(run: Run) -> Score:
     figures = {f"part / {part}": mean_percent(values, part, notes) for part, values in tables.items()}
     overall = {"with a picture": figures["part / IMG"], "all": mean_percent(hits.values(), "all", notes)}
     right = [hits[name] if problems[name]["image"] else None for name in names]
-    return Score(overall["with a picture"], overall | figures, right, notes)
+    answers = {name: (problem["answer"], problem["choices"][problem["answer"]]) for name, problem in problems.items()}
+    expected = [_option(chr(ord("A") + number), text) for number, text in map(answers.get, names)]
+    return Score(overall["with a picture"], overall | figures, right, notes, expected)
 
 
 def _scienceqa_export(run: Run, out: Path) -> list[Path]:
@@ -204,20 +211,22 @@ def _mmbench_score(run: Run, file: str) -> Score:
     The server lets an LLM read replies that are more than a letter; here these are wrong.
     """
     path = run.folder / file
-    gold = {int(row["index"]): row["answer"] for row in _mmbench_table(path, as_published=False)}
-    right, notes, questions = [], [], defaultdict(list)
+    gold = {int(row["index"]): (row["answer"], row.get(row["answer"], "")) for row in _mmbench_table(path, as_published=False)}
+    right, expected, notes, questions = [], [], [], defaultdict(list)
     for a in run.answers:
         index = a.record.row["question_id"]
-        answer = look_up(gold, index, path)
+        answer, text = look_up(gold, index, path)
         if not exact_letter(answer):
             raise UserError(f"{path} has {answer!r:.40} for the answer of row {index}: take the dev table, which has letters")
         right.append(float(not a.fault and a.reply == answer))
+        expected.append(_option(answer, text))
         questions[index % _ROTATION].append(right[-1])
     if wordy := sum(not a.fault and not exact_letter(a.reply) for a in run.answers):
         notes.append(f"{wordy} replies are not just a letter and count as wrong, though the server may read them otherwise")
     note_unasked(gold, [a.record.row["question_id"] for a in run.answers], path, notes)
     circular = mean_percent([min(hits) for hits in questions.values()], "circular accuracy", notes)
-    return Score(circular, {"circular": circular, "rows": mean_percent(right, "accuracy of rows", notes)}, right, notes)
+    figures = {"circular": circular, "rows": mean_percent(right, "accuracy of rows", notes)}
+    return Score(circular, figures, right, notes, expected)
 
 
 def _mmbench_export(run: Run, out: Path, file: str, as_published: bool) -> list[Path]:
@@ -287,10 +296,11 @@ def _seed_score(run: Run) -> Score:
     questions, types = _seed_questions(run.folder)
     file = run.folder / "SEED-Bench.json"
     tables: dict[str, list[float]] = {"image": [], "video": []} | {f"type / {types[n]}": [] for n in sorted(types)}
-    right, notes = [], []
+    right, expected, notes = [], [], []
     for a in run.answers:
         question = look_up(questions, str(a.record.row["question_id"]), file)
         right.append(float(not a.fault and a.reply == question["answer"]))
+        expected.append(_option(question["answer"], question.get(f"choice_{question['answer'].lower()}", "")))
         tables["video" if question["data_type"] == "video" else "image"].append(right[-1])
         tables[f"type / {types[question['question_type_id']]}"].append(right[-1])
     note_unasked(questions, [str(a.record.row["question_id"]) for a in run.answers], file, notes)
@@ -298,7 +308,7 @@ def _seed_score(run: Run) -> Score:
         notes.append(f"{wordy} replies are not just a letter and count as wrong")
     total = mean_percent(right, "total", notes)
     figures = {name: mean_percent(hits, name, notes) for name, hits in tables.items() if hits or "/" not in name}
-    return Score(total, {"total": total} | figures, right, notes)
+    return Score(total, {"total": total} | figures, right, notes, expected)
 
 
 def _seed_export(run: Run, out: Path) -> list[Path]:

@@ -188,7 +188,8 @@ def _keep(args: argparse.Namespace, b: Benchmark, run: Run, found: Score, words:
         "settings": runs.settings_of(args.out) | asked,
     }
     runs.write_whole(folder / "scores.json", json.dumps(scores, indent=2) + "\n")
-    lines = (_scored(a, right) for a, right in zip(run.answers, found.right, strict=True))
+    expected = found.expected or [None] * len(run.answers)
+    lines = (_scored(*of) for of in zip(run.answers, found.right, expected, strict=True))
     runs.write_whole(folder / "scored.jsonl", "".join(lines))
     print(f"{b.title}: {found.headline:.2f} ({b.headline}), {counts['records']} records")
     for name in ("missing", "faults"):
@@ -198,15 +199,15 @@ def _keep(args: argparse.Namespace, b: Benchmark, run: Run, found: Score, words:
         print(f"  note: {note}")
 
 
-def _scored(a: Answered, right: float | None) -> str:
+def _scored(a: Answered, right: float | None, expected: str | None) -> str:
     row = {"key": a.record.key, "question": a.record.text, "reply": a.reply, "fault": a.fault, "right": right}
-    return json.dumps(row) + "\n"
+    return json.dumps(row | {"expected": expected}) + "\n"
 
 
 def _load(args: argparse.Namespace) -> Assistant:
     import jax
 
-    from lmm_jax.inference.assistant import load
+    from lmm_jax.inference.loading import load
 
     if jax.process_count() > 1:
         from lmm_jax.sharding import make_mesh

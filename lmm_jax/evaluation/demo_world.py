@@ -7,7 +7,7 @@ import functools
 from pathlib import Path
 
 from lmm_jax.demo.dataset import write_test_set
-from lmm_jax.evaluation.benchmark import Benchmark, Record, Row, Run, Score, read_lines
+from lmm_jax.evaluation.benchmark import Benchmark, Record, Row, Run, Score, one_line, read_lines
 
 SEED = 20261120  # of scenes that no training set has
 SIZES = {"demo": (2000, 500), "demo_small": (200, 50)}  # pictures, clips; the small one is the beginning of the other
@@ -41,7 +41,8 @@ def _score(run: Run) -> Score:
         for name in (kind, f"{kind} / {a.record.row['type']}"):
             parts[name].append(r)
     figures = {name: 100 * sum(of) / len(of) for name, of in sorted(parts.items())}
-    return Score(100 * sum(right) / max(len(right), 1), figures, right)
+    expected = [one_line(a.record.row["answer"]) for a in run.answers]
+    return Score(100 * sum(right) / max(len(right), 1), figures, right, expected=expected)
 
 
 def _benchmark(name: str) -> Benchmark:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lmm_jax.errors import UserError
-from lmm_jax.evaluation.benchmark import Benchmark, Record, Row, Run, Score
+from lmm_jax.evaluation.benchmark import Benchmark, Record, Row, Run, Score, one_line
 from lmm_jax.evaluation.parsing import REFERENCES, normalise, vqa_accuracy
 from lmm_jax.evaluation.reading import (
     LOADER_TOKENS,
@@ -110,12 +110,14 @@ def _gqa_score(run: Run) -> Score:
     for name, question in questions.items():
         _check_gqa(question, f"question {name} of {file}")
     right: list[float | None] = []
+    expected: list[str | None] = []
     tables: dict[tuple[str, str | int], list[float]] = defaultdict(list)
     gold, predicted = defaultdict(Counter), defaultdict(Counter)
     for a in run.answers:
         question, prediction = look_up(questions, a.record.row["question_id"], file), _gqa_prediction(a.reply)
         hit = float(not a.fault and prediction == question["answer"])
         right.append(hit if question["isBalanced"] else None)
+        expected.append(one_line(question["answer"]))
         if question["isBalanced"]:
             for place in _gqa_tables(question).items():
                 tables[place].append(hit)
@@ -131,7 +133,7 @@ def _gqa_score(run: Run) -> Score:
     for table, entry in sorted(tables):
         figures[f"{table} / {entry}"] = mean_percent(tables[table, entry], entry, notes)
         figures[f"questions by {table} / {entry}"] = len(tables[table, entry])
-    return Score(figures["accuracy"], figures, right, notes)
+    return Score(figures["accuracy"], figures, right, notes, expected)
 
 
 # ---- TextVQA
@@ -154,6 +156,11 @@ def _textvqa_question(record: Record) -> str:
     raise UserError(f"record {record.key + 1} of TextVQA asks {record.row['prompt']!r:.120}: expected two or three lines")
 
 
+def _textvqa_expected(answers: list[str]) -> str:
+    """What people said, each once, the most frequent first."""
+    return " / ".join(answer for answer, _ in Counter(map(one_line, answers)).most_common() if answer)
+
+
 def _textvqa_score(run: Run) -> Score:
     file = run.folder / "TextVQA_0.5.1_val.json"
     data, notes = read_object(file).get("data"), []
@@ -166,15 +173,16 @@ def _textvqa_score(run: Run) -> Score:
         if len(entry["answers"]) != REFERENCES or not all(isinstance(answer, str) for answer in entry["answers"]):
             raise UserError(f"{where} has {entry['answers']!r:.80} for answers: expected {REFERENCES} texts")
         references[entry["image_id"], entry["question"].lower()] = entry["answers"]
-    right, keys = [], [(a.record.row["question_id"], _textvqa_question(a.record)) for a in run.answers]
+    right, expected, keys = [], [], [(a.record.row["question_id"], _textvqa_question(a.record)) for a in run.answers]
     for a, key in zip(run.answers, keys):
         answers = look_up(references, key, file)
         right.append(0.0 if a.fault else vqa_accuracy(a.reply, answers))
+        expected.append(_textvqa_expected(answers))
     if repeated := len(data) - len(references):
         notes.append(f"{repeated} entries of {file.name} repeat a question about a picture; the last one counts, as published")
     note_unasked(references, keys, file, notes)
     accuracy = mean_percent(right, "accuracy", notes)
-    return Score(accuracy, {"accuracy": accuracy}, right, notes)
+    return Score(accuracy, {"accuracy": accuracy}, right, notes, expected)
 
 
 # ---- the table

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lmm_jax.errors import UserError
-from lmm_jax.evaluation.benchmark import Answered, Benchmark, Record, Run, Score, read_lines
+from lmm_jax.evaluation.benchmark import Answered, Benchmark, Record, Run, Score, one_line, read_lines
 from lmm_jax.evaluation.judge import Judge, Message
 from lmm_jax.evaluation.reading import (
     SCRIPT_TOKENS,
@@ -89,6 +89,11 @@ class _Comparing:
             raise UserError(f"{self._files[0]} has a category {category!r:.40}: expected one of {', '.join(_CATEGORIES)}")
         return category
 
+    def expected(self, a: Answered) -> str | None:
+        """The reference answer."""
+        reference = self._references.get(a.record.row["question_id"])
+        return one_line(reference["text"]) if reference else None
+
     def messages(self, a: Answered) -> list[Message]:
         """The reference answer stands first."""
         name = a.record.row["question_id"]
@@ -123,7 +128,8 @@ def _bench_score(run: Run, wording: Wording) -> Score:
             right[a.record.key] += [] if pair is None else [pair[1] / TOP_OF_PAIR]
     means = {name: statistics.fmean(values) for name, values in figures.items()}
     hits = [statistics.fmean(right[a.record.key]) if right[a.record.key] else None for a in run.answers]
-    return Score(means["relative score"], means, hits, list(dict.fromkeys(notes)))
+    expected = list(map(comparing.expected, run.answers))
+    return Score(means["relative score"], means, hits, list(dict.fromkeys(notes)), expected)
 
 
 def _relative(pairs: Sequence[Pair | None], categories: Sequence[str], notes: list[str]) -> dict[str, float]:
@@ -161,10 +167,14 @@ def _vet_export(run: Run, out: Path) -> list[Path]:
     return [file]
 
 
+def _vet_answer(truth: Mapping[str, Any]) -> str:
+    """What must be said, with <AND> between parts and <OR> between alternatives."""
+    return truth["answer"].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
+
+
 def _vet_tries(truth: Mapping[str, Any], reply: str, wording: Wording) -> Tries:
     """One message; where its reply is no number, one that asks for it, ever warmer."""
-    answer = truth["answer"].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
-    text = f"{wording.text('mm_vet', 'examples')}\n{truth['question']} | {answer} | {reply} | "
+    text = f"{wording.text('mm_vet', 'examples')}\n{truth['question']} | {_vet_answer(truth)} | {reply} | "
     endings = ("", "\nPredict the correctness of the answer (digit): ")
     plain, pressing = ([{"role": "user", "content": text + ending}] for ending in endings)
     return [(plain, 0.0), *((pressing, 0.5 * i) for i in range(_GRADE_TRIES - 1))]
@@ -192,7 +202,8 @@ def _vet_score(run: Run, wording: Wording) -> Score:
     totals = [mean_percent(values, "total", notes) for values in runs]
     figures = {"total": statistics.fmean(totals), "standard deviation of runs": statistics.pstdev(totals)}
     figures |= {part: mean_percent(values, part, notes) for part, values in sorted(parts.items())}
-    return Score(figures["total"], figures, grades, list(dict.fromkeys(notes)))
+    expected = [one_line(_vet_answer(wanted[a.record.key])) for a in run.answers]
+    return Score(figures["total"], figures, grades, list(dict.fromkeys(notes)), expected)
 
 
 # ---- the table

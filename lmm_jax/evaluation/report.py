@@ -40,6 +40,7 @@ class Scored:
 
     Attributes:
       fault: as of `benchmark.Answered`.
+      expected: the answer that counts as right; None where none is known.
     """
 
     key: int
@@ -47,6 +48,7 @@ class Scored:
     reply: str
     fault: str
     right: float | None
+    expected: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,7 +329,9 @@ def _read_records(file: Path) -> dict[int, Scored]:
             key, right = _take(row, "key", int), _figure(row.get("right"))
             if key in records or not 0 <= (right or 0) <= 1:
                 raise ValueError("a key comes twice" if key in records else f"right is {right}")
-            records[key] = Scored(key, *(_take(row, name, str) for name in ("question", "reply", "fault")), right)
+            expected = None if row.get("expected") is None else _take(row, "expected", str)  # older files do not have it
+            texts = (_take(row, name, str) for name in ("question", "reply", "fault"))
+            records[key] = Scored(key, *texts, right, expected)
         except (ValueError, OverflowError) as error:
             raise UserError(f"line {place} of {file} is damaged ({error}): {_AGAIN}") from error
     return records

@@ -218,6 +218,8 @@ def _example(benchmark: str, key: int, found: Sequence[tuple[str, Result]], pict
     shown = _strip(pictures, benchmark, key) if pictures else ""
     replies = "".join(_reply(name, record) for name, record in records)
     head = f'<div class="key">record {key}</div><div class="text question" dir="auto">{_text(_cut(question))}</div>'
+    if expected := next((record.expected for _, record in records if record and record.expected), None):
+        head += f'<div class="expected">expected: <bdi>{_text(_cut(expected))}</bdi></div>'
     return f'<article>\n{shown}<div class="said">{head}\n<div class="replies">{replies}</div></div>\n</article>\n'
 
 

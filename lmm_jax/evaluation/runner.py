@@ -1,20 +1,20 @@
 """Asks a model the questions of a benchmark, in batches, and keeps every answer as it comes.
 
     records not answered yet ─ those of this shard ─ in an order that keeps questions about one picture together
-        ─► batches, whose pictures are read ahead by threads ─► Assistant ─► lines of a part file
+        ─► windows of a few batches, whose pictures threads read ahead ─► Assistant ─► lines of a part file
 
 What a record is answered does not depend on the batch it is in, so batch size, shards and devices change nothing.
 """
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from lmm_jax.data.frames import video_file
@@ -23,7 +23,7 @@ from lmm_jax.evaluation.benchmark import Answered, Record
 from lmm_jax.evaluation.runs import Answers
 from lmm_jax.inference.assistant import Assistant, Conversation, Question
 
-_AHEAD = 2  # batches whose pictures are read while one is answered
+_WINDOW = 4  # batches of questions that are given to the model at a time, so that it may group those of like length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +72,12 @@ def answer(assistant: Assistant, records: Sequence[Record], answers: Answers, as
     done = answers.read()
     own = [r for r in records if r.key % asking.shards == asking.shard]
     waiting = sorted((r for r in own if r.key not in done), key=_together)
-    batches = [waiting[i : i + asking.batch_size] for i in range(0, len(waiting), asking.batch_size)]
     bar = tqdm(total=len(own), initial=len(own) - len(waiting), desc=title, unit="record", disable=not asking.progress)
     with bar, answers.writer(asking.shard, asking.shards) as writer, ThreadPoolExecutor(asking.readers) as pool:
-        for batch, read in _ahead(assistant, batches, pool):
-            writer.add(_answer(assistant, batch, read, asking))
-            bar.update(len(batch))
+        for window, read in _ahead(assistant, _windows(waiting, asking.batch_size), pool):
+            for answered in _answers(assistant, window, read, asking):
+                writer.add(answered)
+                bar.update()
     return len(waiting)
 
 
@@ -87,56 +87,70 @@ def _together(record: Record) -> tuple:
     return kind, record.video, [hash(i) if isinstance(i, bytes) else i for i in record.images][:1] or [""], record.key
 
 
+def _windows(records: Sequence[Record], batch_size: int) -> Iterator[Sequence[Record]]:
+    """Of videos one batch: their files are all open at once."""
+    start = 0
+    while start < len(records):
+        stop = start + batch_size * (1 if records[start].video else _WINDOW)
+        yield records[start:stop]
+        start = stop
+
+
 _Read = Conversation | UserError
 
 
 def _ahead(
-    assistant: Assistant, batches: Sequence[Sequence[Record]], pool: ThreadPoolExecutor
+    assistant: Assistant, windows: Iterable[Sequence[Record]], pool: ThreadPoolExecutor
 ) -> Iterator[tuple[Sequence[Record], list[_Read]]]:
-    """Batches with their questions, whose pictures threads have read meanwhile."""
-    queue: collections.deque[tuple[Sequence[Record], list[Future[_Read]]]] = collections.deque()
-    for batch in batches:
-        queue.append((batch, [pool.submit(_read, assistant, record) for record in batch]))
-        if len(queue) > _AHEAD:
-            first, tasks = queue.popleft()
-            yield first, [task.result() for task in tasks]
-    for first, tasks in queue:
-        yield first, [task.result() for task in tasks]
+    """Windows with their questions; the pictures of the next one are read meanwhile, each once."""
+    before: tuple[Sequence[Record], _Pictures] | None = None
+    for window in [*windows, None]:
+        pictures = dict.fromkeys(picture for record in window or () for picture in record.images)
+        coming = {picture: pool.submit(assistant.read_picture, picture) for picture in pictures}
+        if before:
+            yield before[0], [_read(assistant, record, before[1]) for record in before[0]]
+        before = (window, coming) if window else None
 
 
-def _read(assistant: Assistant, record: Record) -> _Read:
+_Pictures = dict[str | bytes, Future[np.ndarray]]
+
+
+def _read(assistant: Assistant, record: Record, pictures: _Pictures) -> _Read:
     try:
+        images = [pictures[picture].result() for picture in record.images]
         video = video_file(record.video) if record.video else None
-        return assistant.extend(Conversation(), Question(record.text, record.images, video))
+        return assistant.extend(Conversation(), Question(record.text, images, video))
     except UserError as error:
         return error
 
 
-def _answer(assistant: Assistant, batch: Sequence[Record], read: Sequence[_Read], asking: Asking) -> list[Answered]:
-    """One batch; a question that cannot be asked does not keep the others from it."""
-    asked = [c for c in read if isinstance(c, Conversation)]
+def _answers(assistant: Assistant, window: Sequence[Record], read: Sequence[_Read], asking: Asking) -> Iterator[Answered]:
+    """As they come; a question that cannot be asked does not keep the others from it."""
+    left = {}
+    for record, question in zip(window, read):
+        if isinstance(question, UserError):
+            yield Answered(record, "", str(question))
+        else:
+            left[record.key] = record, question
     try:
-        found = iter(_replies(assistant, asked, asking) if asked else [])
+        for key, reply in _replies(assistant, left, asking):
+            yield Answered(left.pop(key)[0], reply)
     except UserError:
-        found = iter([_alone(assistant, c, asking) for c in asked])
-    out = []
-    for record, question in zip(batch, read):
-        reply = question if isinstance(question, UserError) else next(found)
-        fault = str(reply) if isinstance(reply, UserError) else ""
-        out.append(Answered(record, "" if fault else str(reply), fault))
-    return out
+        for key, (record, question) in left.items():
+            try:
+                ((_, reply),) = _replies(assistant, {key: (record, question)}, asking)
+                yield Answered(record, reply)
+            except UserError as error:
+                yield Answered(record, "", str(error))
 
 
-def _replies(assistant: Assistant, asked: Sequence[Conversation], asking: Asking) -> list[str]:
-    answers = assistant.answers(asked, template=asking.template, max_new_tokens=asking.max_new_tokens)
-    return [a.text for a in answers]
-
-
-def _alone(assistant: Assistant, question: Conversation, asking: Asking) -> str | UserError:
-    try:
-        return _replies(assistant, [question], asking)[0]
-    except UserError as error:
-        return error
+def _replies(
+    assistant: Assistant, asked: Mapping[int, tuple[Record, Conversation]], asking: Asking
+) -> Iterator[tuple[int, str]]:
+    keys, questions = list(asked), [question for _, question in asked.values()]
+    settings = {"template": asking.template, "max_new_tokens": asking.max_new_tokens, "batch_size": asking.batch_size}
+    for i, answer in assistant.answers_as_completed(questions, **settings):
+        yield keys[i], answer.text
 
 
 def model_name(folder: Path) -> str:

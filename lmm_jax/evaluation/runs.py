@@ -84,10 +84,10 @@ class PartWriter:
             pass  # a file system without locks
         self._file.truncate(file.read_bytes().rfind(b"\n") + 1)
 
-    def add(self, answers: Sequence[Answered]) -> None:
-        """Some answers."""
-        for a in answers:
-            self._file.write(json.dumps({"key": a.record.key, "reply": a.reply, "fault": a.fault}, ensure_ascii=False) + "\n")
+    def add(self, answer: Answered) -> None:
+        """One answer."""
+        line = {"key": answer.record.key, "reply": answer.reply, "fault": answer.fault}
+        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -202,5 +202,5 @@ def write_whole(file: Path, text: str) -> Path:
 def as_json(score: Any) -> dict[str, Any]:
     """A score for a file; not what each single record got."""
     values = dataclasses.asdict(score)
-    values.pop("right")
+    del values["right"], values["expected"]
     return values

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lmm_jax.errors import UserError
-from lmm_jax.evaluation.benchmark import Answered, Benchmark, Record, Row, Run, Score, read_json
+from lmm_jax.evaluation.benchmark import Answered, Benchmark, Record, Row, Run, Score, one_line, read_json
 from lmm_jax.evaluation.parsing import first_capital, strict_letter
 from lmm_jax.evaluation.reading import (
     LOADER_TOKENS,
@@ -154,7 +154,8 @@ def _task_score(run: Run, tasks: Sequence[Task]) -> Score:
         accuracies = {task.name: mean_percent(hits[task.name], f"{name} of {task.name}", notes) for task in tasks}
         figures[name] = statistics.fmean(accuracies.values())
         figures |= {f"{name} / {task}": accuracy for task, accuracy in accuracies.items()}
-    return Score(figures["accuracy"], figures, right, notes)
+    expected = [one_line(a.record.row["gt"]) if a.record.letter else None for a in run.answers]
+    return Score(figures["accuracy"], figures, right, notes, expected)
 
 
 def _task_benchmark(name: str, title: str, tasks: Sequence[Task]) -> Benchmark:
@@ -214,13 +215,20 @@ def _egoschema_hit(a: Answered) -> float | None:
     return float(not a.fault and _egoschema_choice(a.reply) == a.record.row["answer"]) if "answer" in a.record.row else None
 
 
+def _egoschema_expected(a: Answered) -> str | None:
+    if "answer" not in a.record.row:
+        return None
+    number = int(a.record.row["answer"])
+    return one_line(f"{_LETTERS[number]}: {a.record.row[f'option {number}']}")
+
+
 def _egoschema_score(run: Run) -> Score:
     """Over the questions whose answer is known: all of ``mc.json``, 500 of the full set."""
     right, notes = [_egoschema_hit(a) for a in run.answers], []
     if unknown := right.count(None):
         notes.append(f"the answers to {unknown} questions are known to a server only: they are not counted")
     accuracy = mean_percent([hit for hit in right if hit is not None], "accuracy", notes)
-    return Score(accuracy, {"accuracy": accuracy}, right, notes)
+    return Score(accuracy, {"accuracy": accuracy}, right, notes, list(map(_egoschema_expected, run.answers)))
 
 
 def _egoschema_export(run: Run, out: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lmm_jax.evaluation.benchmark import Answered, Benchmark, Record, Row, Run, Score
+from lmm_jax.evaluation.benchmark import Answered, Benchmark, Record, Row, Run, Score, one_line
 from lmm_jax.evaluation.judge import Message
 from lmm_jax.evaluation.reading import SCRIPT_TOKENS, check_new, look_up, mean_percent, ratio
 from lmm_jax.evaluation.verdicts import TOP, Verdict, answer_and_score, judge_of, problems, score_of, settle, settle_all
@@ -111,7 +111,7 @@ def _qa_score(run: Run, wording: Wording) -> Score:
         notes.append(f"the judge said neither yes nor no to {undecided}: these count for the score only")
     figures = {"accuracy": mean_percent([hit for hit in right if hit is not None], "accuracy", notes)}
     figures["score"] = ratio(math.fsum(scores), len(scores), "score", notes)
-    return Score(figures["accuracy"], figures, right, notes)
+    return Score(figures["accuracy"], figures, right, notes, [one_line(a.record.row["answer"]) for a in run.answers])
 
 
 def _qa_benchmark(chosen: _Set, wording: Wording) -> Benchmark:
@@ -215,7 +215,8 @@ def _aspect_score(run: Run, section: str, wording: Wording) -> Score:
     counted = [score for score in scores if score is not None]
     mean = ratio(math.fsum(counted), len(counted), "score", notes)
     right = [None if score is None else score / TOP for one, score in zip(asked, scores) for _ in one.answers]
-    return Score(mean, {"score": mean}, right, notes)
+    expected = [one_line(a.record.row["A"]) for a in run.answers]
+    return Score(mean, {"score": mean}, right, notes, expected)
 
 
 def _aspect(

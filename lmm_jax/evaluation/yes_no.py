@@ -43,7 +43,7 @@ def _pope_score(run: Run) -> Score:
     labels: dict[str, dict[tuple[str, str], bool]] = {}
     counts: dict[str, Counter] = defaultdict(Counter)
     asked: dict[str, set[tuple[str, str]]] = defaultdict(set)
-    right, notes = [], []
+    right, expected, notes = [], [], []
     for a in run.answers:
         check_fields(questions[a.record.key], {"category": str, "image": str}, f"record {a.record.key + 1} of POPE")
         category, image = questions[a.record.key]["category"], questions[a.record.key]["image"]
@@ -57,6 +57,7 @@ def _pope_score(run: Run) -> Score:
         counts[category]["TP" if hit and label else "TN" if hit else "FN" if label else "FP"] += 1
         counts[category]["yes"] += not a.fault and yes
         right.append(float(hit))
+        expected.append("yes" if label else "no")
     figures: dict[str, float] = {}
     for category, count in counts.items():
         note_unasked(labels[category], asked[category], _pope_file(run.folder, category), notes)
@@ -64,7 +65,7 @@ def _pope_score(run: Run) -> Score:
     if absent := [category for category in _POPE if category not in counts]:
         notes.append(f"there are no questions of {', '.join(absent)}")
     headline = ratio(math.fsum(figures[f"F1 / {category}"] for category in counts), len(counts), "mean F1", notes)
-    return Score(headline, {"mean F1": headline} | figures, right, notes)
+    return Score(headline, {"mean F1": headline} | figures, right, notes, expected)
 
 
 def _pope_file(folder: Path, category: str) -> Path:
@@ -147,8 +148,9 @@ def _mme_score(run: Run) -> Score:
     """Two questions belong together by their picture; what is neither yes nor no is wrong."""
     notes: list[str] = []
     pairs: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    right = []
+    right, expected = [], []
     for a, (task, name, _, answer) in zip(run.answers, _mme_lookup(run, notes)):
+        expected.append(answer)
         right.append(float(not a.fault and mme_answer(a.reply) == answer.lower()))
         pairs[task][name].append(right[-1])
     figures = {}
@@ -166,7 +168,7 @@ def _mme_score(run: Run) -> Score:
     }
     if others := sum(not a.fault and mme_answer(a.reply) == "other" for a in run.answers):
         notes.append(f"{others} replies begin with neither yes nor no and count as wrong")
-    return Score(sums["perception"], sums | figures, right, notes)
+    return Score(sums["perception"], sums | figures, right, notes, expected)
 
 
 def _mme_export(run: Run, out: Path) -> list[Path]:

@@ -13,13 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from PIL import Image
 
-from lmm_jax import checkpoint, sharding
 from lmm_jax.config import TEMPLATES, ModelConfig
 from lmm_jax.data.conversation import Message, render, video_place, with_placeholders
 from lmm_jax.data.frames import FrameFolder
@@ -28,14 +24,11 @@ from lmm_jax.data.tokenize import StreamDecoder, Tokenizer, stop_token_ids
 from lmm_jax.data.video import FrameStream, stream_frames
 from lmm_jax.errors import UserError
 from lmm_jax.inference import arrays
-from lmm_jax.inference.engine import Engine, Request
+from lmm_jax.inference.engine import MAX_BATCH, Engine, Request
 from lmm_jax.inference.images import Medium
 from lmm_jax.inference.sampling import Sampling
-from lmm_jax.models.attention import IMPLEMENTATIONS
-from lmm_jax.models.llava_mini import abstract_params
 
-DTYPES = ("float32", "bfloat16")
-Picture = str | os.PathLike | bytes | Image.Image
+Picture = str | os.PathLike | bytes | Image.Image | np.ndarray  # an array: what `Assistant.read_picture` gives
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +85,7 @@ class Answer:
 
 
 class Assistant:
-    """A loaded model. `load` makes one."""
+    """A loaded model. `lmm_jax.load` makes one."""
 
     def __init__(self, folder: Path, config: ModelConfig, engine: Engine) -> None:
         """Reads the tokenizer when the first question comes."""
@@ -159,8 +152,8 @@ class Assistant:
           UserError: a picture that cannot be read, or placeholders that do not match the media.
         """
         one = isinstance(question.images, Picture)
-        pictures = [load_image(p, upright=True) for p in ([question.images] if one else question.images or ())]
-        media: list[np.ndarray | Video] = [self._pixels(p) for p in pictures]
+        media: list[np.ndarray | Video]
+        media = [self.read_picture(p) for p in ([question.images] if one else question.images or ())]
         has_video = question.video is not None
         place = video_place(question.text, len(media), int(has_video))
         if has_video:
@@ -168,13 +161,36 @@ class Assistant:
         message = Message("user", with_placeholders(question.text, len(media)))
         return Conversation((*conversation.messages, message), (*conversation.media, *media))
 
+    def read_picture(self, picture: Picture) -> np.ndarray:
+        """Pixels as the model takes them, (P,H,W,3) uint8, to be given in place of the picture as often as wanted.
+
+        Raises:
+          UserError: it cannot be read.
+        """
+        return picture if isinstance(picture, np.ndarray) else self._pixels(load_image(picture, upright=True))
+
     def answers(self, conversations: Sequence[Conversation], *, template: str | None = None, **sampling: Any) -> list[Answer]:
         """Answers to conversations that end with a question; arguments as for `ask`."""
+        done = dict(self.answers_as_completed(conversations, template=template, **sampling))
+        return [done[i] for i in range(len(conversations))]
+
+    def answers_as_completed(
+        self,
+        conversations: Sequence[Conversation],
+        *,
+        template: str | None = None,
+        batch_size: int = MAX_BATCH,
+        **sampling: Any,
+    ) -> Iterator[tuple[int, Answer]]:
+        """As `answers`: (number of the conversation, its answer) as they are done, at most `batch_size` at once.
+
+        Give many at a time: those of like length share a batch, and a picture of several is encoded once.
+        """
         settings, stop = _sampling(sampling), self._stop_ids(template)
         with contextlib.ExitStack() as stack:
             requests = [self._request(c, template, settings, stack) for c in conversations]
-            tokens = self.engine.generate(requests, stop)
-        return [self._answer(ids, stop) for ids in tokens]
+            for i, ids in self.engine.as_completed(requests, stop, batch_size):
+                yield i, self._answer(ids, stop)
 
     def stream_answer(self, conversation: Conversation, *, template: str | None = None, **sampling: Any) -> Iterator[str]:
         """The answer to a conversation that ends with a question, in pieces; their sum, stripped, is the answer's text."""
@@ -332,47 +348,6 @@ class _Frames:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self._pixels(Image.fromarray(frame)) for frame in self._frames)
-
-
-def load(
-    folder: str | os.PathLike,
-    *,
-    mesh: Mesh | str | None = None,
-    dtype: str | None = None,
-    attention: str = "auto",
-    prefix_cache_bytes: int = 512 * 2**20,
-) -> Assistant:
-    """Loads a model folder, each device its own shards.
-
-    Args:
-      folder: made by ``python -m conversion from-hf``.
-      mesh: of `sharding.make_mesh`, or its text form ``"data=1,fsdp=8,tensor=1"``; None is one device.
-      dtype: of weights and arithmetic, "float32" or "bfloat16"; None is bfloat16 on TPU and GPU, float32 on CPU.
-      attention: kernel, one of `models.attention.IMPLEMENTATIONS`.
-      prefix_cache_bytes: device memory for pictures that may be asked about again.
-
-    Raises:
-      UserError: no model folder, not converted yet, damaged; a mesh that does not fit the devices; no such dtype or kernel.
-    """
-    if attention not in IMPLEMENTATIONS:
-        raise UserError(f"there is no attention {attention!r}: choose one of {', '.join(IMPLEMENTATIONS)}")
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"a model cannot compute in {dtype!r}: choose one of {', '.join(DTYPES)}")
-    config = checkpoint.read_config(Path(folder))
-    mesh = mesh if isinstance(mesh, Mesh) else sharding.make_mesh(mesh)
-    use_compilation_cache()
-    dtype = jnp.dtype(dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16))
-    params = checkpoint.load_params(Path(folder), abstract_params(config, mesh, dtype))
-    engine = Engine(config, params, mesh, dtype=dtype, attention=attention, prefix_cache_bytes=prefix_cache_bytes)
-    return Assistant(Path(folder), config, engine)
-
-
-def use_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache folder, unless JAX was told where (JAX_COMPILATION_CACHE_DIR)."""
-    if jax.config.jax_compilation_cache_dir is None:
-        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(base, "lmm-jax", "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def _sampling(fields: dict[str, Any]) -> Sampling:

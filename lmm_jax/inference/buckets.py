@@ -15,5 +15,5 @@ def half_steps(n: int) -> int:
 
 
 def length_bucket(n: int) -> int:
-    """Room for `n` tokens: 32, 64, 128, 256, 512, 768, 1024, …: compiling a short program costs more than padding."""
-    return max(32, power_of_two(n) if n <= 512 else half_steps(n))
+    """Room for `n` tokens: 24, 32, 48, 64, 96, 128, …, so that at most a third of it is padding where `n` is no less."""
+    return max(24, half_steps(n))

@@ -33,7 +33,7 @@ from lmm_jax.models.llava_mini import LlavaMini
 from lmm_jax.models.loss import next_token_loss
 from lmm_jax.sharding import constrain
 
-MAX_BATCH = 16
+MAX_BATCH = 32  # rows, where nothing else is asked for
 MAX_POSITIONS = 32768  # rows × positions of one batch, the room for answers included
 STREAM_STEPS = 8  # tokens between two looks at a stream, once it runs
 
@@ -113,23 +113,33 @@ class Engine:
     # ---- what people call -----------------------------------------------------------------------------------------
 
     def generate(self, requests: Sequence[Request], stop_ids: Sequence[int]) -> list[list[int]]:
-        """New tokens of every request, up to and with the first of `stop_ids`; requests of like length share a batch."""
-        answers: list[list[int]] = [[] for _ in requests]
+        """New tokens of every request, up to and with the first of `stop_ids`."""
+        done = dict(self.as_completed(requests, stop_ids))
+        return [done[i] for i in range(len(requests))]
+
+    def as_completed(
+        self, requests: Sequence[Request], stop_ids: Sequence[int], batch_size: int = MAX_BATCH
+    ) -> Iterator[tuple[int, list[int]]]:
+        """As `generate`: (number of the request, its new tokens) as they are done.
+
+        Requests of like length share a batch of at most `batch_size` rows, fewer where they are long.
+        """
         stop = np.array(stop_ids, np.int32)
-        for batch in self._batches(requests):
-            state = self._start([requests[i] for i in batch], stop)
-            while not np.asarray(state.done).all():
-                state = self._advance(state, stop, state.tokens.shape[1])
+        batches = self._batches(requests, batch_size)
+        given = [[requests[i] for i in batch] for batch in batches]
+        coming = self._embed(given[0]) if given else None
+        for k, batch in enumerate(batches):
+            state = self._start(given[k], *coming, stop)
+            state = self._advance(state, stop, state.tokens.shape[1])
+            coming = self._embed(given[k + 1]) if k + 1 < len(given) else None  # while the device generates
             tokens, count = np.asarray(state.tokens), np.asarray(state.count)
-            for b, i in enumerate(batch):
-                answers[i] = tokens[b, : count[b]].tolist()
-        return answers
+            yield from ((i, tokens[b, : count[b]].tolist()) for b, i in enumerate(batch))
 
     def stream(self, request: Request, stop_ids: Sequence[int]) -> Iterator[int]:
         """New tokens of one request as they come, up to and with the first of `stop_ids`."""
         self._check(request.row(), new=1)
         stop = np.array(stop_ids, np.int32)
-        state, seen, steps = self._start([request], stop), 0, 1
+        state, seen, steps = self._start([request], *self._embed([request]), stop), 0, 1
         while True:
             tokens, count, done = (np.asarray(x)[0] for x in (state.tokens, state.count, state.done))
             yield from tokens[seen:count].tolist()
@@ -163,12 +173,17 @@ class Engine:
         batch = self._multiple * power_of_two(-(-len(rows) // self._multiple))
         longest = max(fused_length(r, self.config) for r in rows)
         fused = length_bucket(longest) if longest else 1
-        first = lay_out(rows, self.config, fused=fused, batch=batch)
-        with jax.set_mesh(self.mesh):
-            total, tokens, counts = self.images.take(self.params, first, media)
-            rows = [dataclasses.replace(r, images=tuple(c)) for r, c in zip(rows, counts)]
+
+        def arrange(rows: Sequence[Row]) -> Layout:
             length = length_bucket(max(decoder_length(r, self.config) for r in rows))
-            layout = lay_out(rows, self.config, length=length, fused=fused, batch=batch)
+            return lay_out(rows, self.config, length=length, fused=fused, batch=batch)
+
+        layout = arrange(rows)
+        with jax.set_mesh(self.mesh):
+            total, tokens, counts = self.images.take(self.params, layout, media)
+            real = [dataclasses.replace(r, images=tuple(c)) for r, c in zip(rows, counts)]
+            if any(a.images != b.images for a, b in zip(rows, real)):
+                layout = arrange(real)
             images = np.bincount(layout.image_rows, minlength=batch).astype(np.float32)
             x = self._place_text(self.params, layout.ids, total, images, layout.fused_index)
             return (x if tokens is None else self._place_vision(x, tokens, layout.vision_index)), layout
@@ -186,7 +201,7 @@ class Engine:
             )
         return length
 
-    def _batches(self, requests: Sequence[Request]) -> list[list[int]]:
+    def _batches(self, requests: Sequence[Request], most: int) -> list[list[int]]:
         """Indices grouped so that rows of one batch are of like length."""
         lengths = [self._check(r.row(), new=1) for r in requests]
         batches: list[list[int]] = []
@@ -194,14 +209,16 @@ class Engine:
         for i in sorted(range(len(requests)), key=lambda i: lengths[i]):
             longest = max(longest, requests[i].sampling.max_new_tokens)
             size = length_bucket(lengths[i]) + length_bucket(longest)
-            if not batches or len(batches[-1]) == MAX_BATCH or (len(batches[-1]) + 1) * size > MAX_POSITIONS:
+            if not batches or len(batches[-1]) == most or (len(batches[-1]) + 1) * size > MAX_POSITIONS:
                 batches.append([])
                 longest = requests[i].sampling.max_new_tokens
             batches[-1].append(i)
         return batches
 
-    def _start(self, requests: Sequence[Request], stop: np.ndarray) -> DecodeState:
-        x, layout = self.embed([r.row() for r in requests], [r.media for r in requests])
+    def _embed(self, requests: Sequence[Request]) -> tuple[jax.Array, Layout]:
+        return self.embed([r.row() for r in requests], [r.media for r in requests])
+
+    def _start(self, requests: Sequence[Request], x: jax.Array, layout: Layout, stop: np.ndarray) -> DecodeState:
         context = self.config.decoder.max_position_embeddings
         limits = np.zeros(len(layout.lengths), np.int32)  # padding rows are done at once
         settings = [r.sampling for r in requests]

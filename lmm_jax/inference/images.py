@@ -21,7 +21,7 @@ from lmm_jax.inference.prefix_cache import PrefixCache
 from lmm_jax.models.llava_mini import ImagePrefix, LlavaMini
 from lmm_jax.sharding import constrain
 
-CHUNK = 8  # images encoded at once
+CHUNK = 32  # images encoded at once
 
 Medium = np.ndarray | Iterable[np.ndarray]
 """An image: pixels (P,H,W,3); or a video: a sized iterable of such, one per frame. All of a batch are uint8, or all normalised
@@ -45,7 +45,7 @@ class ImageSide:
           cache_bytes: device memory for prefixes of pictures that may be asked about again.
         """
         self._model, self._config, self._multiple = model, model.config, multiple
-        self._chunk = multiple * max(1, CHUNK // multiple)
+        self._chunk = multiple * (power_of_two(CHUNK // multiple + 1) // 2 or 1)  # a power of two for each device
         self.prefixes = PrefixCache(cache_bytes)
         self._encode = jax.jit(lambda params, pixels: model.apply({"params": params}, pixels, method="encode_image"))
         self._fuse = jax.jit(self._add_fused_text, donate_argnums=1)
@@ -68,22 +68,22 @@ class ImageSide:
         if not planned:
             return None, None, counts
         c, m = self._config, self._multiple
-        size = min(self._chunk, m * power_of_two(-(-planned // m)))
-        room = self._chunk * power_of_two(-(-planned // self._chunk))  # of a buffer: only real chunks cost arithmetic
+        room = m * power_of_two(-(-planned // m))
         tokens = self._zeros((room, c.tokens_per_image, c.decoder.hidden_size), self._model.dtype, None)
         total = None
         if c.prefusion_layers:
             total = self._zeros((*layout.fused_ids.shape, c.decoder.hidden_size), jnp.float32, "batch")
         in_flight: collections.deque[jax.Array] = collections.deque()
         fits = self.prefixes.max_bytes // self._prefix_bytes()
-        for number, chunk in enumerate(_chunks(_flow(media, counts, fits), size)):
+        for number, chunk in enumerate(_chunks(_flow(media, counts, fits), self._chunk)):
+            size = m * power_of_two(-(-len(chunk) // m))  # of the last one: as few as there are
             rows = np.full(size, len(layout.ids), np.int32)  # past the last row: dropped
             rows[: len(chunk)] = [item.row for item in chunk]
             prefix = self._prefix(params, chunk, size)
             if c.prefusion_layers:
                 ids = layout.fused_ids[np.minimum(rows, len(layout.ids) - 1)]
                 total = self._fuse(params, total, ids, rows, prefix)
-            tokens = self._put(tokens, prefix.tokens, np.int32(number * size))
+            tokens = self._put(tokens, prefix.tokens, np.int32(number * self._chunk))
             in_flight.append(prefix.tokens)
             if len(in_flight) > 2:  # do not run ahead of the device: pixels of a whole video would pile up
                 in_flight.popleft().block_until_ready()

@@ -34,8 +34,8 @@ EVIL = [
 ]
 
 
-def record(key, reply="red", right=1.0, fault="", question=None):
-    return {"key": key, "question": question or f"Question {key}?", "reply": reply, "fault": fault, "right": right}
+def record(key, reply="red", right=1.0, fault="", question=None, **more):
+    return {"key": key, "question": question or f"Question {key}?", "reply": reply, "fault": fault, "right": right} | more
 
 
 def scores(records, **more):
@@ -219,10 +219,12 @@ def test_markdown_keeps_its_table_whatever_the_names(run):
 
 @pytest.mark.parametrize("reply", EVIL, ids=repr)
 def test_untrusted_text_stays_text(run, reply):
-    folder = run("a", [record(0, reply), record(1, reply, 0.0, question=reply or None), record(2, "", 0, reply or "missing")])
+    records = [record(0, reply, expected=reply), record(1, reply, 0.0, question=reply or None, expected=reply)]
+    folder = run("a", [*records, record(2, "", 0, reply or "missing", expected=None)])
     made = page(read_runs([folder]), lambda benchmark, key: [reply.encode("utf-8", "replace")])
     shown = ILLEGIBLE.sub("\ufffd", reply.replace("\r\n", "\n"))
     assert made.of("text").count(shown) == 3 or reply == ""
+    assert [text for tag, _, text in made.texts if tag == "bdi"].count(shown) == (2 if reply else 0)
     again = run("b", model=reply or "m", title=reply, headline_name=reply, notes=[reply], figures={f"{reply} / {reply}": 1.0})
     page(read_runs([again]))
 
@@ -363,6 +365,7 @@ def damaged(place, change):
         ("textvqa/scored.jsonl", (json.dumps(record(0)) + "\n") * 2, "line 2 .*a key comes twice"),
         ("textvqa/scored.jsonl", json.dumps(record(0, right=1.5)), "line 1 .*right is 1.5"),
         ("textvqa/scored.jsonl", json.dumps(record(0, reply=None)), "line 1 .*reply is null"),
+        ("textvqa/scored.jsonl", json.dumps(record(0, expected=7)), "line 1 .*expected is 7"),
         ("textvqa/scored.jsonl", "7", "line 1 .*key is null"),
     ],
 )

@@ -1,0 +1,60 @@
+"""From a model folder to an Assistant."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from lmm_jax import checkpoint, sharding
+from lmm_jax.errors import UserError
+from lmm_jax.inference.assistant import Assistant
+from lmm_jax.inference.engine import Engine
+from lmm_jax.models.attention import IMPLEMENTATIONS
+from lmm_jax.models.llava_mini import abstract_params
+
+DTYPES = ("float32", "bfloat16")
+
+
+def load(
+    folder: str | os.PathLike,
+    *,
+    mesh: Mesh | str | None = None,
+    dtype: str | None = None,
+    attention: str = "auto",
+    prefix_cache_bytes: int = 512 * 2**20,
+) -> Assistant:
+    """Loads a model folder, each device its own shards.
+
+    Args:
+      folder: made by ``python -m conversion from-hf``.
+      mesh: of `sharding.make_mesh`, or its text form ``"data=1,fsdp=8,tensor=1"``; None is one device.
+      dtype: of weights and arithmetic, "float32" or "bfloat16"; None is bfloat16 on TPU and GPU, float32 on CPU.
+      attention: kernel, one of `models.attention.IMPLEMENTATIONS`.
+      prefix_cache_bytes: device memory for pictures that may be asked about again.
+
+    Raises:
+      UserError: no model folder, not converted yet, damaged; a mesh that does not fit the devices; no such dtype or kernel.
+    """
+    if attention not in IMPLEMENTATIONS:
+        raise UserError(f"there is no attention {attention!r}: choose one of {', '.join(IMPLEMENTATIONS)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"a model cannot compute in {dtype!r}: choose one of {', '.join(DTYPES)}")
+    config = checkpoint.read_config(Path(folder))
+    mesh = mesh if isinstance(mesh, Mesh) else sharding.make_mesh(mesh)
+    use_compilation_cache()
+    dtype = jnp.dtype(dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16))
+    params = checkpoint.load_params(Path(folder), abstract_params(config, mesh, dtype))
+    engine = Engine(config, params, mesh, dtype=dtype, attention=attention, prefix_cache_bytes=prefix_cache_bytes)
+    return Assistant(Path(folder), config, engine)
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache folder, unless JAX was told where (JAX_COMPILATION_CACHE_DIR)."""
+    if jax.config.jax_compilation_cache_dir is None:
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(base, "lmm-jax", "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
