@@ -112,6 +112,7 @@ def stream_frames(
     fps: float = 1.0,
     start: float | None = None,
     end: float | None = None,
+    most: int | None = None,
     upright: bool = True,
 ) -> FrameStream:
     """Chooses frames of a video by the published rule and streams them, squashed to size x size (spec section 6).
@@ -121,6 +122,7 @@ def stream_frames(
       size: H = W, the encoder's input in pixels.
       fps: frames to take per second of video, at the file's average rate.
       start, end: seconds after the first frame; only frames with start <= time < end count.
+      most: frames to take at most, spread over the whole range; None: any number.
       upright: whether to turn the frames as the file says (videos of phones).
 
     Raises:
@@ -132,7 +134,8 @@ def stream_frames(
         raise UserError(f"fps is {fps}, it must be more than 0.")
     index = _scan(existing_file(path, "video"))
     first, last = _range(index, start, end)
-    wanted = first + frame_indices(last - first, frame_count(last - first, index.rate, rate))
+    count = frame_count(last - first, index.rate, rate)
+    wanted = first + frame_indices(last - first, count if most is None else min(count, most))
     stop = threading.Event()
     frames = _ahead(_squashed(_decode(index, wanted, stop), size, upright), stop)
     return FrameStream(_counted(frames, index.path, len(wanted)), len(wanted))

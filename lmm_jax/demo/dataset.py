@@ -235,7 +235,7 @@ def _store(folder: Path, kind: _Medium, number: int, subject: Any) -> str:
 def _write(file: Path, content: bytes) -> None:
     """Writes a file so that it is either whole or not there."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.part")
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")  # a name that no other process takes
     part.write_bytes(content)
     part.replace(file)
 

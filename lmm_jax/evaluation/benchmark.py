@@ -29,6 +29,7 @@ class Record:
       text: what the user says, without placeholders; pictures come before it.
       images: paths of pictures, or the bytes of an encoded picture.
       video: path of a video file without or with suffix, or of a folder of frames; "" for none.
+      most_frames: of a video that are looked at, one a second otherwise; None: any number.
       row: what its line of the answers file holds beside the reply.
     """
 
@@ -36,6 +37,7 @@ class Record:
     text: str
     images: tuple[str | bytes, ...] = ()
     video: str = ""
+    most_frames: int | None = None
     row: Row = dataclasses.field(default_factory=dict)
 
 

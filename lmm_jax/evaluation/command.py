@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import hashlib
 import json
 import re
@@ -19,6 +18,7 @@ from lmm_jax.errors import UserError
 from lmm_jax.evaluation import registry, report, report_html, runs, wording
 from lmm_jax.evaluation.benchmark import Answered, Benchmark, Record, Run, Score
 from lmm_jax.evaluation.judge import OPENAI, Endpoint, Judge, Usage
+from lmm_jax.evaluation.stills import Pictures
 
 if TYPE_CHECKING:
     from lmm_jax.inference.assistant import Assistant
@@ -35,6 +35,8 @@ def answer(args: argparse.Namespace) -> None:
     for name, number in (("--batch-size", args.batch_size), ("--max-new-tokens", args.max_new_tokens)):
         if number is not None and number < 1:
             raise UserError(f"{name} {number}: expected at least 1")
+    if not args.model:
+        raise UserError("no model was given: --model DIR, a folder made by `python -m conversion from-hf SRC DIR`")
     from lmm_jax.cluster import join_processes
     from lmm_jax.evaluation.runner import Asking, missing_media
     from lmm_jax.evaluation.runner import answer as ask
@@ -46,18 +48,23 @@ def answer(args: argparse.Namespace) -> None:
             f"{len(missing)} pictures or videos are not there ({_some(missing)}): get them, or count their questions as wrong "
             "with --allow-missing"
         )
-    join_processes()
+    join_processes(patience=30 * 24 * 3600)  # parts take unlike long
     import jax
 
-    if jax.process_count() > 1 and shards == 1:
+    if jax.process_count() > 1:
+        if shards > 1:
+            raise UserError(
+                f"--shard {args.shard}: the {jax.process_count()} processes of a cluster share the work by themselves"
+            )
         shard, shards = jax.process_index(), jax.process_count()
     assistant = _load(args)
     limits = {b.name: args.max_new_tokens or b.max_new_tokens for b in chosen}
     settings = _settings(args, assistant)
-    runs.settle(args.out, settings)
+    runs.settle(args.out, settings, fresh=True)
     for b in chosen:
         answers = runs.Answers(args.out, b)
-        runs.settle(answers.folder, {"max_new_tokens": limits[b.name], "wording": _label(words)})
+        questions = runs.questions_digest(read[b.name])
+        runs.settle(answers.folder, {"max_new_tokens": limits[b.name], "questions": questions})
         asking = Asking(args.batch_size, limits[b.name], args.template, shard, shards)
         ask(assistant, read[b.name], answers, asking, b.title)
         whole = answers.merge(read[b.name], settings["model"])
@@ -110,20 +117,8 @@ def table(args: argparse.Namespace) -> None:
     if args.markdown:
         runs.write_whole(args.markdown, text)
     if args.html:
-        page = report_html.html(found, order, functools.partial(_pictures, args, {}), examples=args.examples)
+        page = report_html.html(found, order, Pictures(_folders(args), args.data), examples=args.examples)
         runs.write_whole(args.html, page)
-
-
-def _pictures(args: argparse.Namespace, read: dict[str, list[Record]], name: str, key: int) -> list[bytes | Path]:
-    """Pictures of a record, or a clip's path; nothing where its data is not at hand."""
-    if name not in read:
-        try:
-            read[name] = _records(registry.benchmarks()[name], args)
-        except UserError as error:
-            print(f"note: no pictures of {name}: {error}", file=sys.stderr)
-            read[name] = []
-    record = next((r for r in read[name] if r.key == key), None)
-    return [p if isinstance(p, bytes) else Path(p) for p in record.images] if record else []
 
 
 def listing(args: argparse.Namespace) -> None:
@@ -135,7 +130,10 @@ def listing(args: argparse.Namespace) -> None:
 
 def _records(b: Benchmark, args: argparse.Namespace) -> list[Record]:
     folder = _folders(args).get(b.name, args.data / b.folder)
-    return b.records(folder)
+    records = b.records(folder)
+    if not records:
+        raise UserError(f"{b.title} has no question below {folder}: get its files again")
+    return records
 
 
 def _folders(args: argparse.Namespace) -> dict[str, Path]:
@@ -157,7 +155,9 @@ def _run(b: Benchmark, args: argparse.Namespace, judge: Judge | None) -> Run:
     elif not (args.out / runs.SETTINGS).exists():
         raise UserError(f"{args.out} is no run: ask a model with `lmm eval answer` first, or give --answers FILE")
     else:
-        answers = runs.gather(records, runs.Answers(args.out, b).read())
+        kept = runs.Answers(args.out, b)
+        runs.check_questions(kept.folder, records)
+        answers = runs.gather(records, kept.read())
     missing = [a.record.key for a in answers if a.fault == runs.MISSING]
     if missing and not args.allow_missing:
         raise UserError(
@@ -166,7 +166,7 @@ def _run(b: Benchmark, args: argparse.Namespace, judge: Judge | None) -> Run:
         )
     if args.answers:  # only now: a slip in the command leaves no run behind
         name = args.name or runs.settings_of(args.out).get("model", args.answers.stem)
-        runs.settle(args.out, {"model": name})
+        runs.settle(args.out, {"model": name}, fresh=True)
     return Run(_folders(args).get(b.name, args.data / b.folder), answers, judge)
 
 
@@ -176,7 +176,10 @@ def _keep(args: argparse.Namespace, b: Benchmark, run: Run, found: Score, words:
     folder = args.out / b.name
     asked = {"answers": str(args.answers.resolve())} if args.answers else runs.settings_of(runs.Answers(args.out, b).folder)
     folder.mkdir(parents=True, exist_ok=True)
-    judged = {"model": run.judge.model, "served": sorted(run.judge.served), "wording": _label(words)} if b.judged else None
+    judged = None
+    if b.judged:
+        j = run.judge
+        judged = {"model": j.model, "url": j.url, "served": sorted(j.served), "wording": _label(words)}
     scores = {
         "benchmark": b.name,
         "title": b.title,
@@ -221,8 +224,8 @@ def _settings(args: argparse.Namespace, assistant: Assistant) -> dict[str, Any]:
     from lmm_jax.evaluation.runner import model_name
 
     digest = hashlib.blake2b(digest_size=8)
-    for name in ("config.json", "params/manifest.ocdbt"):
-        digest.update((assistant.folder / name).read_bytes())
+    for file in (*sorted(f for f in assistant.folder.iterdir() if f.is_file()), assistant.folder / "params/manifest.ocdbt"):
+        digest.update(file.read_bytes())  # configuration, tokenizer, and what names all weights by their content
     return {
         "model": args.name or model_name(assistant.folder),
         "folder": str(assistant.folder.resolve()),
@@ -242,7 +245,8 @@ def _judge(args: argparse.Namespace, shown: _Shown) -> Judge | None:
         return None
     endpoint = Endpoint(args.judge_url, key_variable=args.judge_key)
     cache = args.out / "judge.jsonl"
-    return Judge(args.judge, endpoint, cache, runs=args.judge_runs, prices=tuple(args.judge_prices), watch=shown)
+    told = {"runs": args.judge_runs, "prices": tuple(args.judge_prices), "watch": shown}
+    return Judge(args.judge, endpoint, cache, url=endpoint.base, **told)
 
 
 class _Shown:

@@ -197,6 +197,7 @@ class Judge:
 
     Attributes:
       model: its name at the endpoint.
+      url: of the endpoint.
       runs: how often LLaVA-Bench and MM-Vet are judged; the published figures are means of 3 (evaluation spec 4.11, 4.12).
       served: what the endpoint calls the models that replied.
       usage: so far.
@@ -208,6 +209,7 @@ class Judge:
         complete: Callable[[dict[str, Any]], Reply],
         cache: Path,
         *,
+        url: str = "",
         runs: int = 1,
         workers: int = 8,
         retries: int = 5,
@@ -222,6 +224,7 @@ class Judge:
           complete: an `Endpoint`, or any function from a request (model, messages and, where they are set, temperature and
             max_tokens) to a reply; may raise as an Endpoint does.
           cache: file of JSON lines to which replies are appended; made if it is not there.
+          url: where the model is; a reply of one place is never taken for that of another.
           runs: see the class.
           workers: questions at once.
           retries: times a failed request is repeated.
@@ -234,7 +237,7 @@ class Judge:
         """
         if not model or runs < 1 or workers < 1 or retries < 0 or backoff < 0 or min(prices) < 0:
             raise UserError("a judge needs a model's name, at least one run and one worker, and no negative number")
-        self.model, self.runs, self.usage = model, runs, Usage()
+        self.model, self.url, self.runs, self.usage = model, url, runs, Usage()
         self.served: set[str] = set()
         self._complete, self._cache, self._watch = complete, _Cache(cache), watch
         self._workers, self._retries, self._backoff, self._prices = workers, retries, backoff, prices
@@ -255,13 +258,14 @@ class Judge:
           UserError: there will be none to any.
         """
         asked = {"model": self.model, "messages": messages, "temperature": temperature, "max_tokens": max_tokens}
-        key = hashlib.sha256(json.dumps(asked | {"attempt": attempt}, sort_keys=True).encode()).hexdigest()
+        about = asked | {"attempt": attempt} | ({"url": self.url} if self.url else {})
+        key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
         kept = self._cache.get(key)
         if kept:
             self._count(cached=1)
         else:
             reply = self._insist({name: value for name, value in asked.items() if value is not None})
-            kept = self._cache.keep(key, asked | {"attempt": attempt} | dataclasses.asdict(reply))
+            kept = self._cache.keep(key, about | dataclasses.asdict(reply))
         with self._lock:
             self._outages = 0
             self.served |= {str(kept["served"])} if kept.get("served") else set()

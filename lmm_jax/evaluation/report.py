@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lmm_jax.errors import UserError
+from lmm_jax.evaluation import registry
 from lmm_jax.evaluation.benchmark import read_json, read_text
 
 NOTHING = "–"  # in place of a figure that is not there
 
-_OF_MODEL = ("model", "versions")  # settings that may differ between the columns of a row without a word
+_OF_MODEL = ("model", "folder", "digest", "versions")  # settings that may differ between the columns of a row without a word
 _OTHER_JUDGES = "Published figures are by their authors' judges, which are not those of the runs."
 _AGAIN = "score the run again with `lmm eval score`"
 _SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -287,7 +288,9 @@ def _read_run(folder: Path) -> RunResults:
     results = {place.name: _read_result(place) for place in places if (place / "scores.json").exists()}
     if not results:
         raise UserError(f"nothing in {folder} has been scored: run `lmm eval score` first")
-    unscored = [p.name for p in places if p.name not in results and any(p.glob("part.*.jsonl"))]
+    answered = {p.name for p in places if any(p.glob("part.*.jsonl"))}
+    table = registry.benchmarks().values()
+    unscored = [b.name for b in table if b.score and (b.answers or b.name) in answered and b.name not in results]
     return RunResults(settings["model"], settings, results, unscored)
 
 

@@ -9,10 +9,12 @@ What a record is answered does not depend on the batch it is in, so batch size, 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -21,7 +23,7 @@ from lmm_jax.data.frames import video_file
 from lmm_jax.errors import UserError
 from lmm_jax.evaluation.benchmark import Answered, Record
 from lmm_jax.evaluation.runs import Answers
-from lmm_jax.inference.assistant import Assistant, Conversation, Question
+from lmm_jax.inference.assistant import Assistant, Conversation, Question, Video
 
 _WINDOW = 4  # batches of questions that are given to the model at a time, so that it may group those of like length
 
@@ -69,15 +71,18 @@ def answer(assistant: Assistant, records: Sequence[Record], answers: Answers, as
     Raises:
       UserError: the answers so far cannot be read, or somebody else is answering this shard.
     """
-    done = answers.read()
-    own = [r for r in records if r.key % asking.shards == asking.shard]
-    waiting = sorted((r for r in own if r.key not in done), key=_together)
-    bar = tqdm(total=len(own), initial=len(own) - len(waiting), desc=title, unit="record", disable=not asking.progress)
-    with bar, answers.writer(asking.shard, asking.shards) as writer, ThreadPoolExecutor(asking.readers) as pool:
-        for window, read in _ahead(assistant, _windows(waiting, asking.batch_size), pool):
-            for answered in _answers(assistant, window, read, asking):
-                writer.add(answered)
-                bar.update()
+    own = shard_of(records, asking.shard, asking.shards)
+    with answers.writer(asking.shard, asking.shards) as writer, ThreadPoolExecutor(asking.readers) as pool:
+        # only now, when nobody else adds to this part; a medium that could not be read may be whole by now
+        done = {key for key, (_, fault) in answers.read().items() if not fault}
+        waiting = sorted((r for r in own if r.key not in done), key=_together)
+        bar = tqdm(total=len(own), initial=len(own) - len(waiting), desc=title, unit="record", disable=not asking.progress)
+        windows = _windows(waiting, asking.batch_size, assistant.engine.images.kept)
+        with bar:
+            for window, read in _ahead(assistant, windows, pool):
+                for answered in _answers(assistant, window, read, asking):
+                    writer.add(answered)
+                    bar.update()
     return len(waiting)
 
 
@@ -87,16 +92,32 @@ def _together(record: Record) -> tuple:
     return kind, record.video, [hash(i) if isinstance(i, bytes) else i for i in record.images][:1] or [""], record.key
 
 
-def _windows(records: Sequence[Record], batch_size: int) -> Iterator[Sequence[Record]]:
-    """Of videos one batch: their files are all open at once."""
-    start = 0
-    while start < len(records):
-        stop = start + batch_size * (1 if records[start].video else _WINDOW)
-        yield records[start:stop]
-        start = stop
+def shard_of(records: Sequence[Record], shard: int, shards: int) -> list[Record]:
+    """One of so many parts; questions about one picture or video are in the same one."""
+    numbers: dict[Any, int] = {}
+    groups = (numbers.setdefault(r.video or r.images[:1] or r.key, len(numbers)) for r in records)
+    return [r for r, group in zip(records, groups) if group % shards == shard]
+
+
+def _windows(records: Sequence[Record], batch_size: int, kept: int) -> Iterator[Sequence[Record]]:
+    """What is given to the model at a time: a few batches whose pictures it can remember, or one batch.
+
+    Of videos it is one: their files are all open at once.
+    """
+    for is_video, group in itertools.groupby(records, key=lambda r: bool(r.video)):
+        window: list[Record] = []
+        records_of = iter(group)
+        while batch := list(itertools.islice(records_of, batch_size)):
+            pictures = {i for r in (*window, *batch) for i in r.images}
+            if window and (is_video or len(window) >= _WINDOW * batch_size or len(pictures) > kept):
+                yield window
+                window = []
+            window += batch
+        yield window
 
 
 _Read = Conversation | UserError
+_Asked = Mapping[int, tuple[Record, Conversation]]  # by key
 
 
 def _ahead(
@@ -118,7 +139,7 @@ _Pictures = dict[str | bytes, Future[np.ndarray]]
 def _read(assistant: Assistant, record: Record, pictures: _Pictures) -> _Read:
     try:
         images = [pictures[picture].result() for picture in record.images]
-        video = video_file(record.video) if record.video else None
+        video = Video(video_file(record.video), most=record.most_frames) if record.video else None
         return assistant.extend(Conversation(), Question(record.text, images, video))
     except UserError as error:
         return error
@@ -126,27 +147,31 @@ def _read(assistant: Assistant, record: Record, pictures: _Pictures) -> _Read:
 
 def _answers(assistant: Assistant, window: Sequence[Record], read: Sequence[_Read], asking: Asking) -> Iterator[Answered]:
     """As they come; a question that cannot be asked does not keep the others from it."""
-    left = {}
+    asked = {}
     for record, question in zip(window, read):
         if isinstance(question, UserError):
             yield Answered(record, "", str(question))
         else:
-            left[record.key] = record, question
+            asked[record.key] = record, question
+    yield from _asked(assistant, asked, asking)
+
+
+def _asked(assistant: Assistant, asked: _Asked, asking: Asking) -> Iterator[Answered]:
+    """A question that cannot be answered is found by halving."""
+    left = dict(asked)
     try:
-        for key, reply in _replies(assistant, left, asking):
+        for key, reply in _replies(assistant, asked, asking):
             yield Answered(left.pop(key)[0], reply)
-    except UserError:
-        for key, (record, question) in left.items():
-            try:
-                ((_, reply),) = _replies(assistant, {key: (record, question)}, asking)
-                yield Answered(record, reply)
-            except UserError as error:
-                yield Answered(record, "", str(error))
+    except UserError as error:
+        if len(asked) == 1:
+            yield Answered(*(record for record, _ in asked.values()), "", str(error))
+            return
+        half = -(-len(left) // 2)
+        for part in (list(left)[:half], list(left)[half:]):
+            yield from _asked(assistant, {key: left[key] for key in part}, asking)
 
 
-def _replies(
-    assistant: Assistant, asked: Mapping[int, tuple[Record, Conversation]], asking: Asking
-) -> Iterator[tuple[int, str]]:
+def _replies(assistant: Assistant, asked: _Asked, asking: Asking) -> Iterator[tuple[int, str]]:
     keys, questions = list(asked), [question for _, question in asked.values()]
     settings = {"template": asking.template, "max_new_tokens": asking.max_new_tokens, "batch_size": asking.batch_size}
     for i, answer in assistant.answers_as_completed(questions, **settings):

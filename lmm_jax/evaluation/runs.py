@@ -10,8 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import hashlib
+import itertools
 import json
 import os
+import socket
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +36,9 @@ class Answers:
         self._benchmark = benchmark
 
     def read(self) -> dict[int, tuple[str, str]]:
-        """Key -> (reply, fault) of all parts; a line that a killed process left half written is not there.
+        """Key -> (reply, fault) of all parts, of several the one without a fault.
+
+        A line that a killed process left half written is not there.
 
         Raises:
           UserError: a part that is no part.
@@ -43,7 +49,9 @@ class Answers:
             for number, line in enumerate(whole[: whole.rfind(b"\n") + 1].splitlines(), 1):
                 try:
                     row = json.loads(line)
-                    found.setdefault(int(row["key"]), (str(row["reply"]), str(row["fault"])))
+                    key, reply, fault = int(row["key"]), str(row["reply"]), str(row["fault"])
+                    if key not in found or found[key][1]:
+                        found[key] = reply, fault
                 except (ValueError, KeyError, TypeError) as error:
                     raise UserError(f"line {number} of {file} is not an answer: remove the line, or the file") from error
         return found
@@ -104,24 +112,59 @@ class PartWriter:
         self.close()
 
 
-def settle(folder: Path, settings: dict[str, Any]) -> None:
-    """Writes down how questions are put, or checks that they are still put so; versions of libraries may change.
+def settle(folder: Path, settings: dict[str, Any], *, fresh: bool = False) -> None:
+    """Writes down how questions are put, or checks that they are still put so; several processes may do so at once.
+
+    Args:
+      folder: made if need be.
+      settings: what must stay; versions of libraries, and where the model lies, may change.
+      fresh: whether the folder must be new, or empty, where there are no settings in it.
 
     Raises:
       UserError: they were put otherwise, or the folder is something else.
     """
     file = folder / SETTINGS
-    if file.exists():
+    if fresh and not file.exists() and _occupied(folder) and not file.exists():  # which another process may have just made
+        raise UserError(f"{folder} is no empty folder and holds no {SETTINGS} of a run: choose another folder")
+    _make(folder)
+    if file.exists() or not _create(file, json.dumps(settings, indent=2) + "\n"):
         before = settings_of(folder)
-        names = sorted((set(before) | set(settings)) - {"versions"})
+        names = sorted((set(before) | set(settings)) - {"versions", "folder"})
         changed = [f"{n} was {before.get(n)!r} and is {settings.get(n)!r}" for n in names if before.get(n) != settings.get(n)]
         if changed:
             raise UserError(f"{folder} was begun otherwise ({'; '.join(changed)}): give it the same, or choose another folder")
-        return
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} is no empty folder and holds no {SETTINGS} of a run: choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(file, json.dumps(settings, indent=2) + "\n")
+
+
+def _occupied(folder: Path) -> bool:
+    if not folder.exists():
+        return False
+    return not folder.is_dir() or any(not (f.name.startswith(".") and f.name.endswith(".part")) for f in folder.iterdir())
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made: {error}") from error
+
+
+def questions_digest(records: Sequence[Record]) -> str:
+    """Of what is asked: an answer belongs to a record by its number, so the records must stay the same."""
+    digest = hashlib.blake2b(digest_size=8)
+    for r in records:
+        media = [Path(i).name if isinstance(i, str) else hashlib.blake2b(i).hexdigest() for i in (*r.images, r.video)]
+        digest.update(json.dumps([r.key, r.text, media, r.row], sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def check_questions(folder: Path, records: Sequence[Record]) -> None:
+    """Raises UserError where the answers in a benchmark's folder were given to other questions."""
+    asked = settings_of(folder).get("questions")
+    if asked and asked != questions_digest(records):
+        raise UserError(
+            f"the answers in {folder} were given to other questions than those that are there now ({len(records)} records): "
+            "put the benchmark's files back, or answer into another folder"
+        )
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
@@ -158,7 +201,7 @@ def from_file(benchmark: Benchmark, records: Sequence[Record], file: Path, broke
     after = 0
     rows = (row for line in read_lines(file, broken) for row in benchmark.rows_of(line))
     for number, row in enumerate(rows, 1):
-        places = (*range(after, len(records)), *range(after))  # mostly the lines are in the order of the records
+        places = itertools.chain(range(after, len(records)), range(after))  # mostly the lines are in the order of the records
         fits = (i for i in places if records[i].key not in found and benchmark.same_record(records[i], row))
         place = next(fits, None)
         if place is None:
@@ -190,13 +233,37 @@ def write_whole(file: Path, text: str) -> Path:
     Raises:
       UserError: it cannot be written.
     """
-    part = file.with_name(f".{file.name}.part")
     try:
-        part.write_text(text, "utf-8", errors="backslashreplace")
-        os.replace(part, file)
+        os.replace(_part(file, text), file)
     except OSError as error:
         raise UserError(f"{file} cannot be written: {error}") from error
     return file
+
+
+def _create(file: Path, text: str) -> bool:
+    """As `write_whole`, but leaves a file alone that is there already; whether it was not."""
+    part = None
+    try:
+        part = _part(file, text)
+        os.link(part, file)
+        return True
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if part is None:
+            raise UserError(f"{file} cannot be written: {error}") from error
+        os.replace(part, file)  # a file system without links
+        return True
+    finally:
+        if part is not None:
+            part.unlink(missing_ok=True)
+
+
+def _part(file: Path, text: str) -> Path:
+    """A file beside another one, under a name that nobody else takes."""
+    part = file.with_name(f".{file.name}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}.part")
+    part.write_text(text, "utf-8", errors="backslashreplace")
+    return part
 
 
 def as_json(score: Any) -> dict[str, Any]:

@@ -34,6 +34,7 @@ _SUFFIX = "\nAnswer with one letter."
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _NO_LETTER = "@"  # what the published scripts write where the right answer is not among the options
 _EGOSCHEMA_OPTIONS = 5
+_MOST_FRAMES = 1000  # of MVBench and MLVU (evaluation spec section 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +123,8 @@ def _task_record(key: int, folder: Path, task: Task, entry: Mapping[str, Any]) -
     letter = right[-1] if right else ""
     video = str(folder / task.videos / entry["video"])
     row = {"gt": f"({letter or _NO_LETTER}) {answer}", "question": question, "question_type": task.name, "video": video}
-    return ChoiceRecord(key, question + _SUFFIX, video=video, row=row, options=len(candidates), letter=letter)
+    options = {"options": len(candidates), "letter": letter}
+    return ChoiceRecord(key, question + _SUFFIX, video=video, most_frames=_MOST_FRAMES, row=row, **options)
 
 
 def _task_row(record: Record, reply: str) -> Row:

@@ -39,12 +39,14 @@ class Video:
       path: of the file, or of a folder of pictures, which are then all its frames.
       start, end: seconds; None is the beginning or the end.
       fps: frames taken per second.
+      most: frames taken at most, spread over the video; None: any number.
     """
 
     path: str | os.PathLike
     start: float | None = None
     end: float | None = None
     fps: float = 1.0
+    most: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,7 +282,7 @@ class Assistant:
     def _frames(self, video: Video) -> FrameStream | FrameFolder:
         size = self.config.vision.image_size
         if not os.path.isdir(video.path):
-            return stream_frames(video.path, size=size, fps=video.fps, start=video.start, end=video.end)
+            return stream_frames(video.path, size=size, fps=video.fps, start=video.start, end=video.end, most=video.most)
         if (video.start, video.end, video.fps) != (None, None, 1.0):
             raise UserError(f"{video.path} is a folder of frames, all of which are taken: leave out start, end and fps")
         return FrameFolder(video.path)

@@ -34,7 +34,8 @@ from lmm_jax.models.loss import next_token_loss
 from lmm_jax.sharding import constrain
 
 MAX_BATCH = 32  # rows, where nothing else is asked for
-MAX_POSITIONS = 32768  # rows × positions of one batch, the room for answers included
+MAX_POSITIONS = 32768  # rows × positions of one batch on a device, the room for answers included; fewer where they take
+CACHE_BYTES = 4 * 2**30  # of keys and values
 STREAM_STEPS = 8  # tokens between two looks at a stream, once it runs
 
 
@@ -129,11 +130,17 @@ class Engine:
         given = [[requests[i] for i in batch] for batch in batches]
         coming = self._embed(given[0]) if given else None
         for k, batch in enumerate(batches):
-            state = self._start(given[k], *coming, stop)
+            state, failed = self._start(given[k], *coming, stop), None
             state = self._advance(state, stop, state.tokens.shape[1])
-            coming = self._embed(given[k + 1]) if k + 1 < len(given) else None  # while the device generates
+            try:
+                coming = self._embed(given[k + 1]) if k + 1 < len(given) else None  # while the device generates
+            except UserError as error:
+                failed = error
             tokens, count = np.asarray(state.tokens), np.asarray(state.count)
+            del state  # its cache, before there is another one
             yield from ((i, tokens[b, : count[b]].tolist()) for b, i in enumerate(batch))
+            if failed:
+                raise failed
 
     def stream(self, request: Request, stop_ids: Sequence[int]) -> Iterator[int]:
         """New tokens of one request as they come, up to and with the first of `stop_ids`."""
@@ -204,12 +211,16 @@ class Engine:
     def _batches(self, requests: Sequence[Request], most: int) -> list[list[int]]:
         """Indices grouped so that rows of one batch are of like length."""
         lengths = [self._check(r.row(), new=1) for r in requests]
+        d, m = self.config.decoder, self._multiple
+        position = 2 * d.num_layers * d.num_kv_heads * d.head_dim * self.dtype.itemsize
+        room = m * min(MAX_POSITIONS, CACHE_BYTES // position)
         batches: list[list[int]] = []
         longest = 0  # tokens that a row of the batch may generate
         for i in sorted(range(len(requests)), key=lambda i: lengths[i]):
             longest = max(longest, requests[i].sampling.max_new_tokens)
             size = length_bucket(lengths[i]) + length_bucket(longest)
-            if not batches or len(batches[-1]) == most or (len(batches[-1]) + 1) * size > MAX_POSITIONS:
+            rows = m * power_of_two(-(-(len(batches[-1]) + 1) // m)) if batches else 0
+            if not batches or len(batches[-1]) == most or rows * size > room:
                 batches.append([])
                 longest = requests[i].sampling.max_new_tokens
             batches[-1].append(i)
@@ -242,10 +253,6 @@ class Engine:
     ) -> jax.Array:
         fused = None if total is None else total / jnp.maximum(images, 1)[:, None, None]
         return self._apply(params, "place_text", ids, fused, fused_index)
-
-    def _place_shared(self, x: jax.Array, tokens: jax.Array, vision_index: jax.Array) -> jax.Array:
-        """`place_vision` of tokens (N,V,D) that any row may want; vision_index (B,T) into N·V."""
-        return self._apply({}, "place_vision", x, rearrange(tokens, "n v d -> 1 (n v) d"), vision_index)
 
     def _prefill_rows(
         self, params: Any, x: jax.Array, lengths: jax.Array, limits: jax.Array, sampler: Sampler, stop: jax.Array, *, room: int

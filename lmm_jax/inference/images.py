@@ -21,7 +21,8 @@ from lmm_jax.inference.prefix_cache import PrefixCache
 from lmm_jax.models.llava_mini import ImagePrefix, LlavaMini
 from lmm_jax.sharding import constrain
 
-CHUNK = 32  # images encoded at once
+CHUNK = 32  # images encoded at once, fewer where their prefixes take more than
+CHUNK_BYTES = 2**29  # on a device
 
 Medium = np.ndarray | Iterable[np.ndarray]
 """An image: pixels (P,H,W,3); or a video: a sized iterable of such, one per frame. All of a batch are uint8, or all normalised
@@ -45,7 +46,8 @@ class ImageSide:
           cache_bytes: device memory for prefixes of pictures that may be asked about again.
         """
         self._model, self._config, self._multiple = model, model.config, multiple
-        self._chunk = multiple * (power_of_two(CHUNK // multiple + 1) // 2 or 1)  # a power of two for each device
+        each = min(CHUNK // multiple, CHUNK_BYTES // self.prefix_bytes)  # images of a device
+        self._chunk = multiple * (power_of_two(each + 1) // 2 or 1)
         self.prefixes = PrefixCache(cache_bytes)
         self._encode = jax.jit(lambda params, pixels: model.apply({"params": params}, pixels, method="encode_image"))
         self._fuse = jax.jit(self._add_fused_text, donate_argnums=1)
@@ -74,8 +76,7 @@ class ImageSide:
         if c.prefusion_layers:
             total = self._zeros((*layout.fused_ids.shape, c.decoder.hidden_size), jnp.float32, "batch")
         in_flight: collections.deque[jax.Array] = collections.deque()
-        fits = self.prefixes.max_bytes // self._prefix_bytes()
-        for number, chunk in enumerate(_chunks(_flow(media, counts, fits), self._chunk)):
+        for number, chunk in enumerate(_chunks(_flow(media, counts, self.kept), self._chunk)):
             size = m * power_of_two(-(-len(chunk) // m))  # of the last one: as few as there are
             rows = np.full(size, len(layout.ids), np.int32)  # past the last row: dropped
             rows[: len(chunk)] = [item.row for item in chunk]
@@ -89,7 +90,14 @@ class ImageSide:
                 in_flight.popleft().block_until_ready()
         return total, tokens, counts
 
-    def _prefix_bytes(self) -> int:
+    @property
+    def kept(self) -> int:
+        """Pictures that are remembered."""
+        return self.prefixes.max_bytes // self.prefix_bytes
+
+    @property
+    def prefix_bytes(self) -> int:
+        """Device memory of one picture's prefix."""
         c, d = self._config, self._config.decoder
         keys_and_values = 2 * c.prefusion_layers * c.prefix_length * d.num_kv_heads * d.head_dim
         return (keys_and_values + c.tokens_per_image * d.hidden_size) * jnp.dtype(self._model.dtype).itemsize

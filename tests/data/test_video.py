@@ -130,6 +130,8 @@ def test_the_right_frames_of_every_container(kind, tmp_path):
             frames = list(stream)
             assert {(f.shape, f.dtype.name) for f in frames} == {((192, 192, 3), "uint8")}
             assert [number_of(f) for f in frames] == list(indices)
+        few = list(stream_frames(path, size=192, fps=1000, most=3))
+        assert [number_of(f) for f in few] == frame_indices(100, 3).tolist()
         middle = stream_frames(path, size=192, start=2, end=3.5, fps=2)
         assert [number_of(f) for f in middle] == list(50 + frame_indices(38, 3))
 

@@ -94,8 +94,10 @@ def test_shards(words, whole, tmp_path, capsys):
     assert "this shard is done, others are not" in capsys.readouterr().out and not (run / "demo_small/answers.jsonl").exists()
     assert main([*words, "--shard", "1/2", "--out", str(run)]) == 0
     assert answers(run) == answers(whole)
-    keys = [[json.loads(line)["key"] % 2 for line in part(run, f"part.{i}of2.jsonl").splitlines()] for i in (1, 2)]
-    assert set(keys[0]) == {0} and set(keys[1]) == {1}
+    rows = [json.loads(line) for line in answers(run).splitlines()]
+    keys = [[json.loads(line)["key"] for line in part(run, f"part.{i}of2.jsonl").splitlines()] for i in (1, 2)]
+    media = [{rows[key]["id"].rsplit("-", 1)[0] for key in of} for of in keys]  # questions about one stay together
+    assert len(media[0]) == len(media[1]) == (PICTURES + CLIPS) / 2 and not media[0] & media[1]
 
 
 @pytest.mark.slow
@@ -252,3 +254,57 @@ def test_two_at_once(words, whole, tmp_path, capsys):
 def test_settings_that_cannot_work(words, tmp_path, capsys, more, said):
     assert said in refusal(capsys, *words, *more, "--out", tmp_path / "run")
     assert not (tmp_path / "run" / "demo_small").exists()
+
+
+# ---- the run folder
+
+
+def test_many_processes_may_begin_a_run(tmp_path):
+    """As shards do, all at once."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from lmm_jax.evaluation.runs import settings_of, settle
+
+    for i in range(20):
+        run = tmp_path / str(i)
+        with ThreadPoolExecutor(8) as pool:
+            assert [*pool.map(lambda _, run=run: settle(run, {"model": "m"}, fresh=True), range(8))] == 8 * [None]
+        assert settings_of(run) == {"model": "m"} and [f.name for f in run.iterdir()] == ["settings.json"]
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    (killed / ".settings.json.host.1.part").write_text("{")  # by one that was killed just then
+    settle(killed, {"model": "m"}, fresh=True)
+
+
+def test_answers_to_other_questions_are_not_scored(words, whole, questions, tmp_path, capsys):
+    turned = tmp_path / "world"
+    turned.mkdir()
+    for name in ("images", "clips"):
+        (turned / name).symlink_to(questions / name)
+    rows = (questions / "questions.jsonl").read_text().splitlines(keepends=True)
+    (turned / "questions.jsonl").write_text("".join(rows[::-1]))
+    place = ["--folder", f"demo_small={turned}", "--out", whole]
+    assert "were given to other questions" in refusal(capsys, "eval", "score", "demo_small", *place)
+    words = [f"demo_small={turned}" if word.startswith("demo_small=") else word for word in words]
+    assert "questions was" in refusal(capsys, *words, "--out", whole)
+    (turned / "questions.jsonl").write_text("")
+    assert "has no question below" in refusal(capsys, "eval", "score", "demo_small", *place)
+
+
+def test_scoring_too_early_does_no_harm(words, whole, questions, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "settings.json").write_bytes((whole / "settings.json").read_bytes())
+    place = ["--folder", f"demo_small={questions}", "--out", str(run)]
+    assert main(["eval", "score", "demo_small", "--allow-missing", *place]) == 0
+    assert main([*words, "--out", str(run)]) == 0 and answers(run) == answers(whole)
+
+
+def test_a_medium_that_is_mended_is_asked_about_again(words, whole, spoilt, questions, tmp_path):
+    words = [f"demo_small={spoilt}" if word.startswith("demo_small=") else word for word in words]
+    run = tmp_path / "run"
+    assert main([*words, "--allow-missing", "--out", str(run)]) == 0
+    for name in ("000001.png", "000002.png"):
+        (spoilt / "images" / name).write_bytes((questions / "images" / name).read_bytes())
+    assert main([*words, "--out", str(run)]) == 0
+    assert answers(run) == answers(whole)

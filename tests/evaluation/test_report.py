@@ -194,12 +194,12 @@ def test_settings_records_and_questions_that_differ_are_told(run):
 
 def test_notes_of_scorers_and_answers_without_scores_stand_below(run):
     a, b = run("a", notes=["3 replies could not be read"]), run("b")
-    (b / "vqav2").mkdir()
-    (b / "vqav2" / "part.1of1.jsonl").write_text("")
+    (b / "pope").mkdir()
+    (b / "pope" / "part.1of1.jsonl").write_text("")
     (b / "pictures").mkdir()
     text = markdown(read_runs([a, b]), [])
     assert text.endswith(
-        "\n\n- model-b has answers but no scores for vqav2.\n- TextVQA, model-a: 3 replies could not be read\n"
+        "\n\n- model-b has answers but no scores for pope.\n- TextVQA, model-a: 3 replies could not be read\n"
     )
 
 
