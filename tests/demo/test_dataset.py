@@ -119,10 +119,12 @@ def test_interrupted_run_is_continued(tmp_path):
         write_dataset(tmp_path, images=12, clips=2, seed=5, progress=stop)
     kept = tmp_path / "images" / "000003.png"
     before = kept.stat().st_mtime_ns
-    (tmp_path / "images" / ".000008.png.part").write_bytes(b"half")
+    half = tmp_path / "images" / ".000008.png.1.part"  # of a process that was killed
+    half.write_bytes(b"half")
     write_dataset(tmp_path, images=12, clips=2, seed=5)
+    assert kept.stat().st_mtime_ns == before and list(tmp_path.rglob("*.part")) == [half]
+    half.unlink()
     whole = contents(tmp_path)
-    assert kept.stat().st_mtime_ns == before and not list(tmp_path.rglob("*.part"))
     for file in [*tmp_path.rglob("*.png"), *tmp_path.rglob("*.mp4")][::2]:
         file.unlink()
     write_dataset(tmp_path, images=12, clips=2, seed=5)
@@ -171,6 +173,8 @@ def test_test_set(data, tmp_path):
         ["data", "{}", "--images", "1", "--objects", "1", "6"],
         ["data", "{}", "--images", "1", "--turns", "0", "2"],
         ["data", "{}", "--images", "1", "--workers", "0"],
+        ["data", "{}", "--images", "1", "--times", "smell=2"],
+        ["data", "{}", "--images", "1", "--times", "count=0"],
         ["test-set", "{}", "--images", "1", "--seed", "-1"],
         ["test-set", "{}/file/x", "--images", "1"],
         ["tokenizer", "{}/file/x"],

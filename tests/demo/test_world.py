@@ -1,5 +1,6 @@
 import dataclasses
 import math
+from collections import Counter
 
 import numpy as np
 import oracle
@@ -210,11 +211,18 @@ def test_clips_are_drawn_as_told(clips):
 
 def test_conversations_repeat_nothing(scenes, clips):
     for view, forms in ((SceneView(scenes[i]), questions.FORMS) for i in range(200)):
-        asked = ask_several(view, forms, 6, rng(6))
+        asked = ask_several(view, forms, 6, rng(6), {})
         assert len(asked) == 6 and len({q.text for q in asked}) == len({q.subject for q in asked}) == 6
     for clip in clips[:200]:
-        asked = ask_several(ClipView(clip), clip_questions.FORMS, 3, rng(6))
+        asked = ask_several(ClipView(clip), clip_questions.FORMS, 3, rng(6), {})
         assert 1 <= len(asked) <= 3 and len({q.text for q in asked}) == len(asked)
+
+
+def test_chosen_types_are_asked_more_often(scenes):
+    asked = [ask_several(SceneView(s), questions.FORMS, 5, rng(6), {"relation": 4, "count": 2}) for s in scenes[:300]]
+    times = Counter(q.type for of in asked for q in of)
+    others = [times[t] for t in questions.TYPES if t not in ("relation", "count")]
+    assert times["relation"] > 1.5 * max(others) and times["count"] > 1.3 * max(others)
 
 
 def test_every_clip_allows_a_question_and_many_allow_one_about_order(clips):
