@@ -122,7 +122,7 @@ def test_second_question_on_a_picture_is_not_encoded_again(tiny, monkeypatch):
 
 def test_prefix_cache_is_bounded(tiny):
     engine = lmm_jax.load(tiny("tiny")).engine
-    one = engine.images._prefix_bytes()
+    one = engine.images.prefix_bytes
     engine = lmm_jax.load(tiny("tiny"), prefix_cache_bytes=3 * one).engine
     cache, pictures = engine.images.prefixes, [picture(i, engine.config) for i in range(4)]
     for image in (*pictures, pictures[0]):
