@@ -46,10 +46,13 @@ class FrameFolder:
         """Frames (F)."""
         return len(self._files)
 
+    def __getitem__(self, number: int) -> np.ndarray:
+        """One frame, uint8 (H, W, 3). Raises UserError where it cannot be read."""
+        return np.asarray(load_image(self._files[number], upright=True))
+
     def __iter__(self) -> Iterator[np.ndarray]:
-        """Each frame, uint8 (H, W, 3). Raises UserError where one cannot be read."""
-        for file in self._files:
-            yield np.asarray(load_image(file, upright=True))
+        """Each frame in turn."""
+        return (self[number] for number in range(len(self)))
 
     def __enter__(self) -> FrameFolder:
         """Itself."""

@@ -127,11 +127,13 @@ def stream_frames(
 
     Raises:
       UserError: the file is missing, empty, cut short before its index, not a video, without pictures or with pictures of
-        more than `MAX_FRAME_PIXELS` pixels; the time range is empty or holds no frame; fps is not positive.
+        more than `MAX_FRAME_PIXELS` pixels; the time range is empty or holds no frame; fps or most is not positive.
     """
     rate = _number("fps", fps)
     if rate <= 0:
         raise UserError(f"fps is {fps}, it must be more than 0.")
+    if most is not None and most < 1:
+        raise UserError(f"at most {most} frames are wanted, it must be at least 1.")
     index = _scan(existing_file(path, "video"))
     first, last = _range(index, start, end)
     count = frame_count(last - first, index.rate, rate)

@@ -67,8 +67,8 @@ def stills(video: str) -> list[bytes]:
     """
     file = video_file(video)
     if os.path.isdir(file):
-        frames = list(FrameFolder(file))
-        frames = [frames[i] for i in frame_indices(len(frames), FRAMES)]
+        folder = FrameFolder(file)
+        frames = [folder[i] for i in frame_indices(len(folder), FRAMES)]
     else:
         frames = list(take_frames(file, size=_SIDE, frames=FRAMES))
     return [_png(Image.fromarray(frame)) for frame in frames]

@@ -39,7 +39,7 @@ class Video:
       path: of the file, or of a folder of pictures, which are then all its frames.
       start, end: seconds; None is the beginning or the end.
       fps: frames taken per second.
-      most: frames taken at most, spread over the video; None: any number.
+      most: frames taken at most, spread over the video; None: any number. Of a folder all are taken.
     """
 
     path: str | os.PathLike

@@ -34,8 +34,8 @@ from lmm_jax.models.loss import next_token_loss
 from lmm_jax.sharding import constrain
 
 MAX_BATCH = 32  # rows, where nothing else is asked for
-MAX_POSITIONS = 32768  # rows × positions of one batch on a device, the room for answers included; fewer where they take
-CACHE_BYTES = 4 * 2**30  # of keys and values
+MAX_POSITIONS = 32768  # rows × positions of one batch on a device, the room for answers included
+CACHE_BYTES = 4 * 2**30  # keys and values of so many positions at most
 STREAM_STEPS = 8  # tokens between two looks at a stream, once it runs
 
 

@@ -21,8 +21,8 @@ from lmm_jax.inference.prefix_cache import PrefixCache
 from lmm_jax.models.llava_mini import ImagePrefix, LlavaMini
 from lmm_jax.sharding import constrain
 
-CHUNK = 32  # images encoded at once, fewer where their prefixes take more than
-CHUNK_BYTES = 2**29  # on a device
+CHUNK = 32  # images encoded at once
+CHUNK_BYTES = 2**29  # prefixes of so many at most, on a device
 
 Medium = np.ndarray | Iterable[np.ndarray]
 """An image: pixels (P,H,W,3); or a video: a sized iterable of such, one per frame. All of a batch are uint8, or all normalised

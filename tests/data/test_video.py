@@ -386,6 +386,7 @@ def test_bad_files(tmp_path, clip):
         ({"end": float("inf")}, "end is inf"),
         ({"fps": 0}, "fps is 0, it must"),
         ({"fps": -1.5}, "fps is -1.5"),
+        ({"most": 0}, "at most 0 frames"),
         ({"fps": float("nan")}, "fps is nan"),
     ],
 )

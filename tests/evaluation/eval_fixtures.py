@@ -22,6 +22,13 @@ def lines(file):
     return [json.loads(line) for line in (GOLDEN / file).read_text().splitlines()]
 
 
+def edit(file, change):
+    """Rewrites a JSON file."""
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
 def layout(folder, fixture, names):
     """Copies files of a fixture, source -> target, or whole folders; all may be written to."""
     for source, target in names.items():

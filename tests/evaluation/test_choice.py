@@ -4,6 +4,7 @@ import pytest
 from eval_fixtures import (
     GOLDEN,
     asked,
+    edit,
     golden,
     lay_out,
     lines,
@@ -30,13 +31,6 @@ def scienceqa(tmp_path):
 def seed(tmp_path):
     """One answer, to question 109, is missing."""
     return run_of(SEED, lay_out(tmp_path, "seed"), lines("seed/answers.jsonl"))
-
-
-def edit(file, change):
-    """Rewrites a JSON file."""
-    content = json.loads(file.read_text())
-    change(content)
-    file.write_text(json.dumps(content))
 
 
 # ---- what is asked, and what is written down

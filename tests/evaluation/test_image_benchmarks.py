@@ -2,7 +2,19 @@ import json
 import time
 
 import pytest
-from eval_fixtures import VQAV2_FILES, golden, lay_out, layout, lines, published_rows, run_of, stripped, without, write_lines
+from eval_fixtures import (
+    VQAV2_FILES,
+    edit,
+    golden,
+    lay_out,
+    layout,
+    lines,
+    published_rows,
+    run_of,
+    stripped,
+    without,
+    write_lines,
+)
 
 from lmm_jax.errors import UserError
 from lmm_jax.evaluation.benchmark import Answered, Record, Run
@@ -36,13 +48,6 @@ def vizwiz(tmp_path):
 @pytest.fixture
 def textvqa(tmp_path):
     return run_of(TEXTVQA, lay_out(tmp_path, "textvqa"), lines("textvqa/answers.jsonl"))
-
-
-def edit(file, change):
-    """Rewrites a JSON file."""
-    content = json.loads(file.read_text())
-    change(content)
-    file.write_text(json.dumps(content))
 
 
 # ---- what is asked, and what is written down
