@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 import demo_accuracy  # noqa: E402
 
 import lmm_jax  # noqa: E402
-from configs import demo, demo_4_mini  # noqa: E402
+from configs import demo, demo_3_align, demo_6_mini  # noqa: E402
 from lmm_jax.demo.dataset import write_test_set  # noqa: E402
 from train.config import GroupConfig, StartConfig, TrainConfig  # noqa: E402
 from train.loop import train  # noqa: E402
@@ -74,13 +74,13 @@ def main() -> int:
 
 def arm(name: str, changes: dict[str, Any], seed: int, steps: int) -> TrainConfig:
     """The run of one arm; pictures only, since clips tell the same story at several times the cost."""
-    base = demo_4_mini.get_config()
+    base = demo_6_mini.get_config()
     frozen = "vision_tower/.*" + ("|compressor/pos_embed" if "compressor_size" in changes else "")
     groups = (GroupConfig(frozen), GroupConfig(rf"(?!{frozen}).*", 5e-4))
     return dataclasses.replace(
         base,
         folder=f"{demo.FOLDER}/claims/{'_'.join(name.replace(',', '').split())}_{seed}_{steps}",
-        start=StartConfig(folder=base.start.folder, seed=seed, **changes),
+        start=StartConfig(folder=f"{demo_3_align.get_config().folder}/model", seed=seed, **changes),
         data=dataclasses.replace(base.data, sources=demo.sources("world", "images"), epochs=1, seed=seed),
         optimizer=dataclasses.replace(base.optimizer, groups=groups),
         held_out=dataclasses.replace(base.held_out, sources=()),

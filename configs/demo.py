@@ -43,6 +43,3 @@ def sources(world: str, *kinds: str, sampling: str = "all") -> tuple[SourceConfi
 def everything(learning_rate: float, weight_decay: float = 0.0) -> tuple[GroupConfig, ...]:
     """All parameters alike."""
     return (GroupConfig(".*", learning_rate, weight_decay),)
-
-
-MINI_BUCKETS = (48, 72, 104, 136, 168, 208)

@@ -1,6 +1,6 @@
 """From nothing to a model that answers: ``python examples/train_demo.py`` draws a small world and trains the demo model on it.
 
-Four runs, about six hours on two CPU cores; stopped at any point, the same command goes on. ``--quick`` takes a few minutes
+Six runs, about six hours on two CPU cores; stopped at any point, the same command goes on. ``--quick`` takes a few minutes
 and shows the whole way, with a model that has learnt little.
 """
 
@@ -16,7 +16,7 @@ from lmm_jax.demo.tokenizer import write_tokenizer
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "out" / "demo"
-RUNS = ("demo_1_easy", "demo_2_world", "demo_3_align", "demo_4_mini")
+RUNS = ("demo_1_easy", "demo_2_world", "demo_3_align", "demo_4_token", "demo_5_clips", "demo_6_mini")
 
 
 def main() -> None:
@@ -31,18 +31,19 @@ def main() -> None:
     write_dataset(OUT / "world", images=60000 // share, clips=12000 // share, seed=200, turns=(4, 10))
     hard = {"relation": 3, "comparison": 2, "position": 2}  # learnt last, so asked more often
     write_dataset(OUT / "binding", images=60000 // share, clips=0, seed=400, turns=(4, 10), times=hard)
+    write_dataset(OUT / "clips", images=0, clips=30000 // share, seed=500, turns=(4, 10))
     write_dataset(OUT / "held_out", images=600 // share + 8, clips=150 // share + 8, seed=300)
 
     # 2. A tokenizer of the words that occur in them.
     write_tokenizer(OUT / "tokenizer")
 
-    # 3. Encoder and decoder from nothing (easy scenes, then all), stage 1, stage 2. Every run starts from the model before.
+    # 3. Encoder and decoder from nothing (easy scenes, then all), stage 1, stage 2 in three parts. Each starts from the last.
     for run in RUNS:
         steps = ["--max-steps", "4", "--data.batch-size", "8"] if quick else []
         command([sys.executable, "-m", "train", f"configs/{run}.py", *steps])
 
     # 4. Questions.
-    model = OUT / "4_mini" / "model"
+    model = OUT / "6_mini" / "model"
     ask = [sys.executable, "-m", "lmm_jax", "ask", "--model", str(model), "--max-new-tokens", "16"]
     command([*ask, "--image", "examples/shapes.png", "What colour is the circle?"])
     command([*ask, "--video", "examples/moving.mp4", "Where does the circle go?"])

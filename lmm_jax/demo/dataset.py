@@ -194,7 +194,7 @@ def _training_records(
     caption = kind.describe(subject, rng)
     asked = ask_several(kind.view(subject), kind.forms, int(rng.integers(turns[0], turns[1] + 1)), rng, times)
     talk = [(q.text, q.answer) for q in asked]
-    if rng.random() < _DESCRIBED:
+    if rng.random() < _DESCRIBED or not talk:  # of a rare clip nothing can be asked
         talk.insert(0, kind.describe(subject, rng))
     file = _store(folder, kind, number, subject)
     return tuple(

@@ -11,7 +11,7 @@ from lmm_jax.data.conversation import count_placeholders, from_llava, render
 from lmm_jax.data.image import load_image
 from lmm_jax.data.tokenize import Tokenizer, stop_token_ids
 from lmm_jax.data.video import stream_frames
-from lmm_jax.demo import clip_questions, questions
+from lmm_jax.demo import clip_questions, dataset, questions
 from lmm_jax.demo.__main__ import main
 from lmm_jax.demo.clips import RATE, SECONDS, make_clip
 from lmm_jax.demo.dataset import sampled, test_questions, write_dataset, write_test_set
@@ -44,6 +44,11 @@ def contents(folder):
 
 def records(folder, name):
     return json.loads((folder / f"{name}.json").read_text())
+
+
+def test_a_clip_of_which_nothing_can_be_asked_is_described(tmp_path):
+    _, talk = dataset._training_records(tmp_path, "video", 500, (1, 5), (4, 10), {}, 2877)
+    assert len(talk["conversations"]) == 2 and talk["conversations"][1]["value"].count("disappears") == 2
 
 
 def test_records_are_as_llava_wants_them(data):
