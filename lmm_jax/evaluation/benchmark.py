@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ class Benchmark:
       answer_row: a record and a reply -> its line of the answers file, in the published form.
       rows_of: a line of an answers file of others -> the lines that ours would hold in its place.
       reply_of: such a line -> the reply.
-      same_record: whether such a line belongs to a record, as far as its ids tell.
+      identity: a line of an answers file, ours or of others -> what tells its record from all others, as far as ids can.
       answers: where answers are kept in a run folder; "" is under the benchmark's own name. Benchmarks with the same records
         share them by the same name here.
       max_new_tokens: limit of a reply.
@@ -113,6 +113,8 @@ class Benchmark:
       export: writes what is handed in, below a folder that is there; returns the files. None where nothing is handed in.
       judged: whether `score` needs a judge.
       published: model -> figure (evaluation spec section 6).
+      published_figures: model -> further figures that are published, by the names that `Score.figures` has for them.
+      size: records of the published data; None where that is not known.
     """
 
     name: str
@@ -124,12 +126,18 @@ class Benchmark:
     answer_row: Callable[[Record, str], Row]
     rows_of: Callable[[Row], list[Row]] = lambda row: [row]
     reply_of: Callable[[Row], str] = lambda row: row["text"]
-    same_record: Callable[[Record, Row], bool] = lambda record, row: row.get("question_id") == record.row.get("question_id")
+    identity: Callable[[Row], Hashable] = lambda row: row.get("question_id")
     score: Callable[[Run], Score] | None = None
     export: Callable[[Run, Path], list[Path]] | None = None
     judged: bool = False
     answers: str = ""
     published: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    published_figures: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
+    size: int | None = None
+
+    def identity_of(self, record: Record) -> Hashable:
+        """What `identity` says of a record's line."""
+        return self.identity(self.answer_row(record, ""))
 
 
 def one_line(text: Any) -> str:

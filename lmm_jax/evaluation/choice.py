@@ -252,7 +252,13 @@ def _mmbench_export(run: Run, out: Path, file: str, as_published: bool) -> list[
 
 
 def _mmbench(
-    name: str, title: str, file: str, figures: Mapping[str, float], chinese: bool = False, as_published: bool = False
+    name: str,
+    title: str,
+    file: str,
+    figures: Mapping[str, float],
+    size: int | None,
+    chinese: bool = False,
+    as_published: bool = False,
 ) -> Benchmark:
     suffix = LETTER_CN if chinese else LETTER
     return Benchmark(
@@ -266,6 +272,7 @@ def _mmbench(
         score=functools.partial(_mmbench_score, file=file),
         export=functools.partial(_mmbench_export, file=file, as_published=as_published),
         published=figures,
+        size=size,
     )
 
 
@@ -335,12 +342,13 @@ SCIENCEQA = Benchmark(
     score=_scienceqa_score,
     export=_scienceqa_export,
     published=published(66.8, 70.4, 69.7, 83.1),
+    size=4_241,
 )
-_DEV = ("mmbench_dev_20230712.tsv", published(64.3, 65.6, 67.5, 71.6))
+_DEV = ("mmbench_dev_20230712.tsv", published(64.3, 65.6, 67.5, 71.6), 4_377)
 MMBENCH = _mmbench("mmbench", "MMBench", *_DEV)
 # as the published scripts read it: an option whose text is None or NA is empty, and ends the options (section 7, T12)
 MMBENCH_AS_PUBLISHED = _mmbench("mmbench_as_published", "MMBench, cells as published", *_DEV, as_published=True)
-MMBENCH_CN = _mmbench("mmbench_cn", "MMBench-CN", "mmbench_dev_cn_20231003.tsv", published(58.3), chinese=True)
+MMBENCH_CN = _mmbench("mmbench_cn", "MMBench-CN", "mmbench_dev_cn_20231003.tsv", published(58.3), None, chinese=True)
 SEED = Benchmark(
     name="seed",
     title="SEED-Bench",
@@ -352,5 +360,6 @@ SEED = Benchmark(
     score=_seed_score,
     export=_seed_export,
     published=published(58.6, 58.5, 60.2, 63.0),
+    size=19_242,
 )
 BENCHMARKS = (SCIENCEQA, MMBENCH, MMBENCH_AS_PUBLISHED, MMBENCH_CN, SEED)

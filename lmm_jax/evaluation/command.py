@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import hashlib
 import json
 import re
@@ -14,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmm_jax.config import TEMPLATES
+from lmm_jax.demo import MODEL
 from lmm_jax.errors import UserError
-from lmm_jax.evaluation import registry, report, report_html, runs, wording
+from lmm_jax.evaluation import registry, report, report_html, results, runs, wording
 from lmm_jax.evaluation.benchmark import Answered, Benchmark, Record, Run, Score
 from lmm_jax.evaluation.judge import OPENAI, Endpoint, Judge, Usage
 from lmm_jax.evaluation.stills import Pictures
@@ -36,12 +38,18 @@ def answer(args: argparse.Namespace) -> None:
         if number is not None and number < 1:
             raise UserError(f"{name} {number}: expected at least 1")
     if not args.model:
-        raise UserError("no model was given: --model DIR, a folder made by `python -m conversion from-hf SRC DIR`")
+        raise UserError(
+            "no model was given: --model DIR, a folder made by `python -m conversion from-hf SRC DIR`; "
+            f"the demo model's is {MODEL}"
+        )
     from lmm_jax.cluster import join_processes
     from lmm_jax.evaluation.runner import Asking, missing_media
     from lmm_jax.evaluation.runner import answer as ask
 
     read = {b.name: _records(b, args) for b in chosen}
+    for b in chosen:
+        if unlike := runs.off_size(len(read[b.name]), b.size):
+            print(f"note: {b.title}: {unlike}", file=sys.stderr)
     missing = [path for records in read.values() for path in missing_media(records)]
     if missing and not args.allow_missing:
         raise UserError(
@@ -61,6 +69,7 @@ def answer(args: argparse.Namespace) -> None:
     limits = {b.name: args.max_new_tokens or b.max_new_tokens for b in chosen}
     settings = _settings(args, assistant)
     runs.settle(args.out, settings, fresh=True)
+    runs.add_session(args.out, _session(args, assistant, f"{shard + 1}/{shards}", list(read)))
     for b in chosen:
         answers = runs.Answers(args.out, b)
         questions = runs.questions_digest(read[b.name])
@@ -68,7 +77,8 @@ def answer(args: argparse.Namespace) -> None:
         asking = Asking(args.batch_size, limits[b.name], args.template, shard, shards)
         ask(assistant, read[b.name], answers, asking, b.title)
         whole = answers.merge(read[b.name], settings["model"])
-        print(f"{b.title}: {whole}" if whole else f"{b.title}: this shard is done, others are not")
+        counts = runs.counts(runs.gather(read[b.name], answers.read()))
+        print(f"{b.title}: {whole or 'this shard is done, others are not'}, {runs.counted(counts)}")
 
 
 def score(args: argparse.Namespace) -> None:
@@ -103,6 +113,9 @@ def export(args: argparse.Namespace) -> None:
             raise UserError(f"{b.title} has nothing to hand in: lmm eval score {b.name}")
         folder = args.out / b.name / "export"
         run = _run(b, args, None)
+        counts = runs.counts(run.answers)
+        if counts["missing"] or counts["faults"]:
+            print(f"note: {b.title}: {runs.counted(counts)}: these are handed in as empty", file=sys.stderr)
         folder.mkdir(parents=True, exist_ok=True)
         for file in b.export(run, folder):
             print(file)
@@ -110,7 +123,7 @@ def export(args: argparse.Namespace) -> None:
 
 def table(args: argparse.Namespace) -> None:
     """Runs beside each other and beside published figures."""
-    found = report.read_runs(args.runs)
+    found = results.read_runs(args.runs)
     order = list(registry.benchmarks())
     text = report.markdown(found, order)
     print(text, end="")
@@ -187,6 +200,8 @@ def _keep(args: argparse.Namespace, b: Benchmark, run: Run, found: Score, words:
         **runs.as_json(found),
         "counts": counts,
         "published": dict(b.published),
+        "published_figures": {model: dict(figures) for model, figures in b.published_figures.items()},
+        "size": b.size,
         "judge": judged,
         "settings": runs.settings_of(args.out) | asked,
     }
@@ -198,7 +213,7 @@ def _keep(args: argparse.Namespace, b: Benchmark, run: Run, found: Score, words:
     for name in ("missing", "faults"):
         if counts[name]:
             print(f"  {counts[name]} {name}, counted as wrong")
-    for note in found.notes:
+    for note in filter(None, (runs.off_size(counts["records"], b.size), *found.notes)):
         print(f"  note: {note}")
 
 
@@ -232,7 +247,21 @@ def _settings(args: argparse.Namespace, assistant: Assistant) -> dict[str, Any]:
         "digest": digest.hexdigest(),
         "template": args.template or assistant.config.template,
         "dtype": str(assistant.engine.dtype),
+    }
+
+
+def _session(args: argparse.Namespace, assistant: Assistant, shard: str, names: Sequence[str]) -> dict[str, Any]:
+    """What decides how fast answers come, and where to look if they should differ after all."""
+    mesh = assistant.engine.mesh
+    return {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {name: metadata.version(name) for name in ("lmm-jax", "jax", "flax")},
+        "platform": mesh.devices.flat[0].platform,
+        "devices": int(mesh.devices.size),
+        "mesh": dict(mesh.shape),
+        "batch_size": args.batch_size,
+        "shard": shard,
+        "benchmarks": names,
     }
 
 

@@ -55,7 +55,6 @@ def _benchmark(name: str) -> Benchmark:
         max_new_tokens=16,
         headline="accuracy, %",
         answer_row=_answer_row,
-        same_record=lambda record, row: row.get("question_id") == f"{record.row['id']} {record.row['type']}",
         score=_score,
     )
 

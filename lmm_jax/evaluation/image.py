@@ -18,6 +18,7 @@ from lmm_jax.evaluation.reading import (
     LOADER_TOKENS,
     answer_row,
     check_fields,
+    id_and_prompt,
     llava_records,
     look_up,
     mean_percent,
@@ -25,7 +26,6 @@ from lmm_jax.evaluation.reading import (
     published,
     ratio,
     read_object,
-    same_prompt,
     write_json,
 )
 
@@ -197,6 +197,7 @@ VQAV2 = Benchmark(
     answer_row=answer_row,
     export=_vqav2_export,
     published=published(78.5, 77.6, 78.9, 79.0),
+    size=107_394,
 )
 GQA = Benchmark(
     name="gqa",
@@ -209,6 +210,7 @@ GQA = Benchmark(
     score=_gqa_score,
     export=_gqa_export,
     published=published(62.0, 60.9, 61.8, 61.3),
+    size=12_578,
 )
 VIZWIZ = Benchmark(
     name="vizwiz",
@@ -220,6 +222,7 @@ VIZWIZ = Benchmark(
     answer_row=answer_row,
     export=_vizwiz_export,
     published=published(50.0, 56.2, 58.5, 57.4),
+    size=8_000,
 )
 TEXTVQA = Benchmark(
     name="textvqa",
@@ -229,8 +232,9 @@ TEXTVQA = Benchmark(
     max_new_tokens=LOADER_TOKENS,
     headline="accuracy, %",
     answer_row=answer_row,
-    same_record=same_prompt,
+    identity=id_and_prompt,
     score=_textvqa_score,
     published=published(58.2, 57.0, 59.1, 58.5),
+    size=5_000,
 )
 BENCHMARKS = (VQAV2, GQA, VIZWIZ, TEXTVQA)

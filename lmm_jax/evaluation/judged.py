@@ -221,6 +221,7 @@ def benchmarks(wording: Wording) -> tuple[Benchmark, ...]:
             headline="score relative to the reference answers, %",
             score=functools.partial(_bench_score, wording=wording),
             published=published(65.4, 68.9, 69.3, 70.2),
+            size=60,
             **common,
         ),
         Benchmark(
@@ -232,6 +233,7 @@ def benchmarks(wording: Wording) -> tuple[Benchmark, ...]:
             score=functools.partial(_vet_score, wording=wording),
             export=_vet_export,
             published=published(31.1, 36.6, 33.9, 37.2),
+            size=218,
             **common,
         ),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +45,13 @@ def llava_records(questions: Path, images: Path, identity: Sequence[str] = ("que
 
 
 def answer_row(record: Record, reply: str) -> Row:
-    """A line of an answers file (evaluation spec section 1.6), without the random ``answer_id``."""
+    """A line of an answers file (evaluation spec section 1.6), but for the names of the answer and of the model."""
     return record.row | {"text": reply, "metadata": {}}
 
 
-def same_prompt(record: Record, row: Row) -> bool:
-    """For benchmarks in which ids repeat: the text tells records of one id apart."""
-    return all(row.get(name) == record.row[name] for name in ("question_id", "prompt"))
+def id_and_prompt(row: Row) -> Hashable:
+    """The identity of a line where ids repeat: the text tells records of one id apart."""
+    return row.get("question_id"), row.get("prompt")
 
 
 def check_fields(entry: Any, kinds: Mapping[str, type | tuple[type, ...]], where: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -20,9 +20,6 @@ from lmm_jax.errors import UserError
 from lmm_jax.evaluation.report import (
     NOTHING,
     Cell,
-    Result,
-    RunResults,
-    Scored,
     Table,
     differing,
     legible,
@@ -31,6 +28,7 @@ from lmm_jax.evaluation.report import (
     setting,
     table,
 )
+from lmm_jax.evaluation.results import Result, RunResults, Scored
 from lmm_jax.evaluation.runs import write_whole
 
 Picture = bytes | str | os.PathLike | Image.Image
@@ -155,6 +153,10 @@ def _section(
 def _figures(found: Sequence[tuple[str, Result]], headline_name: str) -> str:
     """Headline, other figures and counts; then a table for each group of figures, as "type / colour" is of "type"."""
     names, results = [name for name, _ in found], [result for _, result in found]
+    published: dict[str, dict[str, float | None]] = {}
+    for result in results:
+        for model, figures in result.published_figures.items():
+            published.setdefault(model, {}).update({headline_name: result.published.get(model), **figures})
     headlines = [result.headline for result in results]
     groups: dict[str, dict[str, list[float | None]]] = {"": {headline_name: headlines}}
     for figure in dict.fromkeys(figure for result in results for figure in result.figures):
@@ -164,22 +166,40 @@ def _figures(found: Sequence[tuple[str, Result]], headline_name: str) -> str:
             groups.setdefault(group, {})[part] = values
         elif values != headlines:
             groups[""][figure] = values
-    plain = [_row(name, values) for name, values in groups.pop("").items()]
-    plain += [_row(name, [result.counts[name] for result in results]) for name in ("records", "missing", "faults")]
-    tables = [
-        _table(names, group, [_row(part, values, group_of=list(rows.values())) for part, values in rows.items()])
-        for group, rows in groups.items()
-    ]
+    plain = groups.pop("") | {name: [result.counts[name] for result in results] for name in ("records", "missing", "faults")}
+    tables = [_group(names, group, rows, published) for group, rows in groups.items()]
     parts = f'<div class="groups">{"".join(tables)}</div>' if tables else ""
-    return _table(names, "", plain) + (_details(f"Figures of parts ({', '.join(groups)})", parts) if parts else "")
+    return _group(names, "", plain, published) + (_details(f"Figures of parts ({', '.join(groups)})", parts) if parts else "")
 
 
-def _row(name: str, values: Sequence[float | None], group_of: Sequence[Sequence[float | None]] = ()) -> str:
-    """A row of figures, all of a group with the same number of decimals."""
+def _group(
+    runs: Sequence[str],
+    title: str,
+    rows: Mapping[str, Sequence[float | None]],
+    published: Mapping[str, Mapping[str, float | None]],
+) -> str:
+    """A table of figures of the runs, with a column for each model of which one of them is published."""
+    figures = {part: f"{title} / {part}" if title else part for part in rows}
+    models = [model for model, known in published.items() if not known.keys().isdisjoint(figures.values())]
+    lines = []
+    for part, values in rows.items():
+        beside = [published[model].get(figures[part]) for model in models]
+        lines.append(_row(part, values, beside, group_of=list(rows.values()) if title else ()))
+    return _table([*runs, *(f"{model} (published)" for model in models)], title, lines)
+
+
+def _row(
+    name: str,
+    values: Sequence[float | None],
+    published: Sequence[float | None],
+    group_of: Sequence[Sequence[float | None]],
+) -> str:
+    """A row of figures, all of a group with the same number of decimals; published ones have those that they came with."""
     known = [value for row in group_of or [values] for value in row if value is not None]
     largest = max(map(abs, known), default=0)
     decimals = 0 if all(isinstance(value, int) for value in known) else 1 if largest >= 10 else 2 if largest >= 1 else 3
     cells = [f"<td>{number(value, decimals)}</td>" for value in values]
+    cells += [f'<td class="published">{NOTHING if value is None else value}</td>' for value in published]
     return f'<tr><th scope="row">{_text(name)}</th>{"".join(cells)}</tr>\n'
 
 
@@ -194,8 +214,8 @@ def _settings(found: Sequence[tuple[str, Result]]) -> str:
     return _table([name for name, _ in found], "", rows, "texts")
 
 
-def _table(runs: Sequence[str], title: str, rows: Sequence[str], kind: str = "") -> str:
-    heads = "".join(f'<th scope="col">{_text(name)}</th>' for name in runs)
+def _table(columns: Sequence[str], title: str, rows: Sequence[str], kind: str = "") -> str:
+    heads = "".join(f'<th scope="col">{_text(name)}</th>' for name in columns)
     body = f'<thead><tr><th scope="col">{_text(title)}</th>{heads}</tr></thead>\n<tbody>{"".join(rows)}</tbody>'
     return f'<div class="scroll"><table class="{kind}">\n{body}</table></div>\n'
 

@@ -1,22 +1,23 @@
 """Asks a model the questions of a benchmark, in batches, and keeps every answer as it comes.
 
     records not answered yet ─ those of this shard ─ in an order that keeps questions about one picture together
-        ─► windows of a few batches, whose pictures threads read ahead ─► Assistant ─► lines of a part file
+        ─► windows of a few batches, whose media threads read ahead ─► Assistant ─► lines of a part file
 
 What a record is answered does not depend on the batch it is in, so batch size, shards and devices change nothing.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from lmm_jax.data.frames import video_file
@@ -26,6 +27,7 @@ from lmm_jax.evaluation.runs import Answers
 from lmm_jax.inference.assistant import Assistant, Conversation, Question, Video
 
 _WINDOW = 4  # batches of questions that are given to the model at a time, so that it may group those of like length
+_FRAME_BYTES = 2**29  # host memory for the frames of a window's videos; two or three windows are there at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Asking:
       max_new_tokens: limit of a reply.
       template: prompt template; None is the model's own.
       shard, shards: this process answers the records whose key leaves the rest `shard` when divided by `shards`.
-      readers: threads that read pictures.
+      readers: threads that read pictures and videos.
       progress: whether to show a bar.
     """
 
@@ -79,7 +81,7 @@ def answer(assistant: Assistant, records: Sequence[Record], answers: Answers, as
         bar = tqdm(total=len(own), initial=len(own) - len(waiting), desc=title, unit="record", disable=not asking.progress)
         windows = _windows(waiting, asking.batch_size, assistant.engine.images.kept)
         with bar:
-            for window, read in _ahead(assistant, windows, pool):
+            for window, read in _ahead(assistant, windows, pool, _repeated(waiting)):
                 for answered in _answers(assistant, window, read, asking):
                     writer.add(answered)
                     bar.update()
@@ -118,28 +120,71 @@ def _windows(records: Sequence[Record], batch_size: int, kept: int) -> Iterator[
 
 _Read = Conversation | UserError
 _Asked = Mapping[int, tuple[Record, Conversation]]  # by key
+_Clip = tuple[str, int | None]  # a video, and how many of its frames are taken at most
+_Media = dict[str | bytes | _Clip, Future]  # what is being read
+
+
+class _Room:
+    """Bytes of memory that several threads share out."""
+
+    def __init__(self, size: int) -> None:
+        self._free, self._lock = size, threading.Lock()
+
+    def take(self, size: int) -> bool:
+        """Takes so much, or nothing and returns False where less is free."""
+        with self._lock:
+            fits = size <= self._free
+            self._free -= size * fits
+            return fits
+
+
+def _clip(record: Record) -> _Clip:
+    return record.video, record.most_frames
+
+
+def _video(record: Record) -> Video:
+    return Video(video_file(record.video), most=record.most_frames)
+
+
+def _repeated(records: Iterable[Record]) -> set[_Clip]:
+    """Videos that several questions are about."""
+    counts = collections.Counter(_clip(r) for r in records if r.video)
+    return {clip for clip, count in counts.items() if count > 1}
 
 
 def _ahead(
-    assistant: Assistant, windows: Iterable[Sequence[Record]], pool: ThreadPoolExecutor
+    assistant: Assistant, windows: Iterable[Sequence[Record]], pool: ThreadPoolExecutor, repeated: Set[_Clip]
 ) -> Iterator[tuple[Sequence[Record], list[_Read]]]:
-    """Windows with their questions; the pictures of the next one are read meanwhile, each once."""
-    before: tuple[Sequence[Record], _Pictures] | None = None
+    """Windows with their questions; pictures and repeated videos of the next one are read meanwhile, each once."""
+    before: tuple[Sequence[Record], _Media] | None = None
     for window in [*windows, None]:
-        pictures = dict.fromkeys(picture for record in window or () for picture in record.images)
-        coming = {picture: pool.submit(assistant.read_picture, picture) for picture in pictures}
+        coming = _coming(assistant, window or (), before[1] if before else {}, pool, repeated)
         if before:
             yield before[0], [_read(assistant, record, before[1]) for record in before[0]]
         before = (window, coming) if window else None
 
 
-_Pictures = dict[str | bytes, Future[np.ndarray]]
+def _coming(
+    assistant: Assistant, window: Sequence[Record], before: _Media, pool: ThreadPoolExecutor, repeated: Set[_Clip]
+) -> _Media:
+    """Has a window's media read; those of the window before it are there already."""
+    coming: _Media = {}
+    room = _Room(_FRAME_BYTES)
+    for record in window:
+        for picture in record.images:
+            if picture not in coming:
+                coming[picture] = before.get(picture) or pool.submit(assistant.read_picture, picture)
+        clip = _clip(record)
+        if clip in repeated and clip not in coming:
+            coming[clip] = before.get(clip) or pool.submit(assistant.read_video, _video(record), room.take)
+    return coming
 
 
-def _read(assistant: Assistant, record: Record, pictures: _Pictures) -> _Read:
+def _read(assistant: Assistant, record: Record, media: _Media) -> _Read:
     try:
-        images = [pictures[picture].result() for picture in record.images]
-        video = Video(video_file(record.video), most=record.most_frames) if record.video else None
+        images = [media[picture].result() for picture in record.images]
+        clip = media.get(_clip(record))
+        video = clip.result() if clip else _video(record) if record.video else None
         return assistant.extend(Conversation(), Question(record.text, images, video))
     except UserError as error:
         return error

@@ -1,6 +1,7 @@
 """A run folder: what was asked, of which model, and every answer so far.
 
-RUN/settings.json                    model, template, limits, versions: an answer given otherwise is never mixed in
+RUN/settings.json                    model, template, number format: an answer given otherwise is never mixed in
+RUN/sessions.jsonl                   a line for each process that answered: when, on which devices, with which versions
 RUN/BENCHMARK/part.1of4.jsonl        answers of one shard in the order they came: key, reply, fault
 RUN/BENCHMARK/answers.jsonl          all of them in the benchmark's published form, once there are all
 RUN/BENCHMARK/scores.json            figures and counts
@@ -8,15 +9,15 @@ RUN/BENCHMARK/scores.json            figures and counts
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import fcntl
 import hashlib
-import itertools
 import json
 import os
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from lmm_jax.evaluation.benchmark import Answered, Benchmark, Record, Row, read_
 
 MISSING = "missing"
 SETTINGS = "settings.json"
+SESSIONS = "sessions.jsonl"
 
 
 class Answers:
@@ -69,9 +71,15 @@ class Answers:
         lines = []
         for record in records:
             reply, fault = found[record.key]
-            row = self._benchmark.answer_row(record, reply) | {"key": record.key, "model_id": model}
+            ids = {"key": record.key, "answer_id": _answer_id(self.folder.name, record.key), "model_id": model}
+            row = self._benchmark.answer_row(record, reply) | ids
             lines.append(json.dumps(row | ({"fault": fault} if fault else {}), ensure_ascii=False) + "\n")
         return write_whole(self.folder / "answers.jsonl", "".join(lines))
+
+
+def _answer_id(benchmark: str, key: int) -> str:
+    """As long as the published ones, which are random (evaluation spec section 1.6); this one is always the same."""
+    return hashlib.blake2b(f"{benchmark} {key}".encode(), digest_size=11).hexdigest()
 
 
 class PartWriter:
@@ -167,6 +175,20 @@ def check_questions(folder: Path, records: Sequence[Record]) -> None:
         )
 
 
+def add_session(folder: Path, session: Mapping[str, Any]) -> None:
+    """Writes down that a process is about to answer, and with what; several may do so at once.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    file = folder / SESSIONS
+    try:
+        with file.open("ab", buffering=0) as lines:
+            lines.write(json.dumps(session).encode() + b"\n")  # in one piece
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error}") from error
+
+
 def settings_of(folder: Path) -> dict[str, Any]:
     """What `settle` wrote; nothing where it never did.
 
@@ -198,16 +220,17 @@ def from_file(benchmark: Benchmark, records: Sequence[Record], file: Path, broke
       UserError: a line that belongs to no record, or to one that has an answer already; one that holds no reply.
     """
     found: dict[int, tuple[str, str]] = {}
-    after = 0
+    waiting = collections.defaultdict(collections.deque)
+    for record in records:
+        waiting[benchmark.identity_of(record)].append(record.key)  # of several that nothing tells apart the first comes first
     rows = (row for line in read_lines(file, broken) for row in benchmark.rows_of(line))
     for number, row in enumerate(rows, 1):
-        places = itertools.chain(range(after, len(records)), range(after))  # mostly the lines are in the order of the records
-        fits = (i for i in places if records[i].key not in found and benchmark.same_record(records[i], row))
-        place = next(fits, None)
-        if place is None:
-            raise UserError(f"answer {number} in {file} is to no record of {benchmark.title}, or to one that has an answer")
-        found[records[place].key] = _reply(benchmark, row, number, file), str(row.get("fault", ""))
-        after = place + 1
+        try:
+            key = waiting[benchmark.identity(row)].popleft()
+        except (IndexError, TypeError) as error:  # none is left, or the row has a list for an id
+            message = f"answer {number} in {file} is to no record of {benchmark.title}, or to one that has an answer"
+            raise UserError(message) from error
+        found[key] = _reply(benchmark, row, number, file), str(row.get("fault", ""))
     return gather(records, found)
 
 
@@ -225,6 +248,17 @@ def counts(answers: Sequence[Answered]) -> dict[str, int]:
     """How many records there are, and how many of them have no answer or none that counts."""
     faults = [a.fault for a in answers if a.fault]
     return {"records": len(answers), "missing": faults.count(MISSING), "faults": len(faults) - faults.count(MISSING)}
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    """What `counts` gives as text: "5000 records, 3 missing, 2 with a fault"."""
+    named = {"records": "records", "missing": "missing", "faults": "with a fault"}
+    return ", ".join(f"{counts[name]} {text}" for name, text in named.items() if counts[name] or name == "records")
+
+
+def off_size(records: int, size: int | None) -> str:
+    """A sentence where the records are fewer or more than those that were published; "" where that is not known."""
+    return "" if size in (None, records) else f"{records} records, the published data has {size}"
 
 
 def write_whole(file: Path, text: str) -> Path:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,20 +59,29 @@ def _judge(
 
 @dataclasses.dataclass(frozen=True)
 class _Set:
-    """A set of questions: where its videos lie, what their names begin with, and which instruction goes before questions."""
+    """A set of questions.
+
+    Attributes:
+      videos, prefix: where its videos lie, and what their names begin with.
+      instruction: what goes before questions.
+      accuracy, score: LLaVA-Mini's.
+      size: how many questions there are, where that is known.
+    """
 
     name: str
     title: str
     videos: str
     prefix: str
     instruction: str
-    published: float
+    accuracy: float
+    score: float
+    size: int | None = None
 
 
 _SETS = (
-    _Set("msvd_qa", "MSVD", "videos", "", "msvd_msrvtt", 70.9),
-    _Set("msrvtt_qa", "MSRVTT", "videos/all", "", "msvd_msrvtt", 59.5),
-    _Set("activitynet_qa", "ActivityNet", "test_videos", "v_", "activitynet_qa", 53.5),
+    _Set("msvd_qa", "MSVD", "videos", "", "msvd_msrvtt", 70.9, 4.0),
+    _Set("msrvtt_qa", "MSRVTT", "videos/all", "", "msvd_msrvtt", 59.5, 3.6),
+    _Set("activitynet_qa", "ActivityNet", "test_videos", "v_", "activitynet_qa", 53.5, 3.5, size=8_000),
 )
 
 
@@ -124,10 +133,12 @@ def _qa_benchmark(chosen: _Set, wording: Wording) -> Benchmark:
         headline="accuracy, %",
         answer_row=_pred_row,
         reply_of=_pred,
-        same_record=lambda record, row: str(row.get("id")) == str(record.row["id"]),
+        identity=lambda row: str(row.get("id")),
         score=functools.partial(_qa_score, wording=wording),
         judged=True,
-        published={LLAVA_MINI: chosen.published},
+        published={LLAVA_MINI: chosen.accuracy},
+        published_figures={LLAVA_MINI: {"score": chosen.score}},
+        size=chosen.size,
     )
 
 
@@ -180,8 +191,8 @@ def _pred_name(record: Record) -> str:
 
 def _consistency_export(run: Run, out: Path) -> list[Path]:
     """The published answers file: both replies of an entry in a line."""
-    first, second = run.answers[::2], run.answers[1::2]
-    rows = [a.record.row | {"pred1": a.reply, "pred2": b.reply} for a, b in zip(first, second)]
+    replies = ["" if a.fault else a.reply for a in run.answers]
+    rows = [a.record.row | {"pred1": one, "pred2": two} for a, one, two in zip(run.answers[::2], replies[::2], replies[1::2])]
     file = out / "consistency_qa.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return [file]
@@ -222,7 +233,7 @@ def _aspect_score(run: Run, section: str, wording: Wording) -> Score:
 def _aspect(
     name: str, records: Callable[[Path], list[Record]], published: float, wording: Wording, **others: Any
 ) -> Benchmark:
-    row: dict[str, Any] = {"answer_row": _pred_row, "reply_of": _pred, "same_record": _same_entry}
+    row: dict[str, Any] = {"answer_row": _pred_row, "reply_of": _pred, "identity": _entry}
     return Benchmark(
         name=f"videochatgpt_{name}",
         title=f"Video-ChatGPT {name}",
@@ -237,8 +248,8 @@ def _aspect(
     )
 
 
-def _same_entry(record: Record, row: Row) -> bool:
-    return all(row.get(name) == value for name, value in record.row.items())
+def _entry(row: Row) -> Hashable:
+    return tuple(row.get(name) for name in ("video_name", "Q", "Q1", "Q2", "A"))
 
 
 # ---- the table
@@ -250,7 +261,7 @@ def benchmarks(wording: Wording) -> tuple[Benchmark, ...]:
         "answer_row": _consistency_row,
         "rows_of": _consistency_rows,
         "reply_of": lambda row: row["pred1"] if "pred1" in row else row["pred2"],
-        "same_record": lambda record, row: _pred_name(record) in row and _same_entry(record, row),
+        "identity": lambda row: ("pred1" in row, "pred2" in row, _entry(row)),
         "export": _consistency_export,
     }
     return (

@@ -19,13 +19,13 @@ from lmm_jax.evaluation.reading import (
     SHORT,
     answer_row,
     check_fields,
+    id_and_prompt,
     llava_records,
     look_up,
     mean_percent,
     note_unasked,
     published,
     ratio,
-    same_prompt,
 )
 
 _POPE = ("adversarial", "random", "popular")
@@ -196,6 +196,7 @@ POPE = Benchmark(
     answer_row=answer_row,
     score=_pope_score,
     published=published(85.9, 84.4, 85.3, 85.3),
+    size=8_910,
 )
 MME = Benchmark(
     name="mme",
@@ -205,9 +206,10 @@ MME = Benchmark(
     max_new_tokens=LOADER_TOKENS,
     headline="perception, points of 2000",
     answer_row=answer_row,
-    same_record=same_prompt,
+    identity=id_and_prompt,
     score=_mme_score,
     export=_mme_export,
     published=published(1510.7, 1466.0, 1476.8, 1522.7),
+    size=2_374,
 )
 BENCHMARKS = (POPE, MME)

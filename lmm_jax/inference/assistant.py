@@ -29,6 +29,7 @@ from lmm_jax.inference.images import Medium
 from lmm_jax.inference.sampling import Sampling
 
 Picture = str | os.PathLike | bytes | Image.Image | np.ndarray  # an array: what `Assistant.read_picture` gives
+Frames = list[np.ndarray]  # what `Assistant.read_video` gives
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Question:
 
     text: str
     images: Sequence[Picture] = ()
-    video: Video | str | os.PathLike | None = None
+    video: Video | str | os.PathLike | Frames | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +65,11 @@ class Conversation:
 
     Attributes:
       messages: user and assistant in turn.
-      media: what the `<image>` placeholders stand for, in order: pixels (P,H,W,3) uint8, or a Video.
+      media: what the `<image>` placeholders stand for, in order: pixels (P,H,W,3) uint8, a Video, or its frames.
     """
 
     messages: tuple[Message, ...] = ()
-    media: tuple[np.ndarray | Video, ...] = ()
+    media: tuple[np.ndarray | Video | Frames, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,12 +155,12 @@ class Assistant:
           UserError: a picture that cannot be read, or placeholders that do not match the media.
         """
         one = isinstance(question.images, Picture)
-        media: list[np.ndarray | Video]
+        media: list[np.ndarray | Video | Frames]
         media = [self.read_picture(p) for p in ([question.images] if one else question.images or ())]
         has_video = question.video is not None
         place = video_place(question.text, len(media), int(has_video))
         if has_video:
-            media.insert(place, question.video if isinstance(question.video, Video) else Video(question.video))
+            media.insert(place, question.video if isinstance(question.video, Video | list) else Video(question.video))
         message = Message("user", with_placeholders(question.text, len(media)))
         return Conversation((*conversation.messages, message), (*conversation.media, *media))
 
@@ -170,6 +171,22 @@ class Assistant:
           UserError: it cannot be read.
         """
         return picture if isinstance(picture, np.ndarray) else self._pixels(load_image(picture, upright=True))
+
+    def read_video(self, video: Video, fits: Callable[[int], bool] = lambda _: True) -> Video | Frames:
+        """Frames as the model takes them, each (P,H,W,3) uint8, to be given in place of the video as often as wanted.
+
+        Args:
+          video: its file is read to the end.
+          fits: is asked once whether so many bytes may be kept; where not, the video comes back.
+
+        Raises:
+          UserError: it cannot be read.
+        """
+        with contextlib.ExitStack() as stack:
+            stream = self._open(video, stack)
+            frames = iter(stream)
+            first = next(frames)
+            return [first, *frames] if fits(first.nbytes * len(stream)) else video
 
     def answers(self, conversations: Sequence[Conversation], *, template: str | None = None, **sampling: Any) -> list[Answer]:
         """Answers to conversations that end with a question; arguments as for `ask`."""
@@ -274,10 +291,10 @@ class Assistant:
         ids, _ = self.tokenizer.encode(spans)
         return Request(ids, [self._open(m, stack) for m in conversation.media], sampling)
 
-    def _open(self, medium: np.ndarray | Video, stack: contextlib.ExitStack) -> Medium:
-        if isinstance(medium, np.ndarray):
+    def _open(self, medium: np.ndarray | Video | Frames, stack: contextlib.ExitStack) -> Medium:
+        if not isinstance(medium, Video):
             return medium
-        return _Frames(stack.enter_context(self._frames(medium)), self._pixels)
+        return _Stream(stack.enter_context(self._frames(medium)), self._pixels)
 
     def _frames(self, video: Video) -> FrameStream | FrameFolder:
         size = self.config.vision.image_size
@@ -339,7 +356,7 @@ class Chat:
         self.conversation = Conversation((*asked.messages, answer), asked.media)
 
 
-class _Frames:
+class _Stream:
     """Frames of a video as the engine takes them: sized, each (P,H,W,3) uint8."""
 
     def __init__(self, frames: FrameStream | FrameFolder, pixels: Callable[[Image.Image], np.ndarray]) -> None:

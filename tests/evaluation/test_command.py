@@ -122,6 +122,7 @@ def test_what_scores_hold(place):
     found = json.loads((place.run / "mme" / "scores.json").read_text())
     assert status == 0 and out.splitlines() == [
         f"MME: {mme_figures()['perception']:.2f} ({found['headline_name']}), {found['counts']['records']} records",
+        "  note: 56 records, the published data has 2374",
         "  note: 7 replies begin with neither yes nor no and count as wrong",
     ]
     assert found["notes"] == ["7 replies begin with neither yes nor no and count as wrong"]

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from lmm_jax.errors import UserError
-from lmm_jax.evaluation.report import markdown, read_runs, table
+from lmm_jax.evaluation.report import markdown, table
 from lmm_jax.evaluation.report_html import choose, html, write
+from lmm_jax.evaluation.results import read_runs
 
 JUDGE = {"model": "judge-1", "served": ["judge-1-may"], "wording": {"name": "shipped", "digest": "0123"}}
 VOID = {"meta", "img"}

@@ -5,6 +5,7 @@ import shutil
 import statistics
 
 import pytest
+from eval_fixtures import belongs
 from evaluation.judging import FIXTURES, named, read, read_rows, run_of, write
 
 from lmm_jax.errors import UserError
@@ -57,8 +58,8 @@ def test_records_rows_and_figures(benchmark):
     published = read_rows(folder / "expected_answers.jsonl")
     assert [json.dumps(row | {"video": renamed(row["video"], folder)}) for row in rows] == list(map(json.dumps, published))
     assert [benchmark.reply_of(row) for row in published] == replies
-    assert all(benchmark.same_record(a.record, row) for a, row in zip(run.answers, published))
-    assert not any(benchmark.same_record(a.record, row) for a, row in zip(run.answers, published[1:]))
+    assert all(belongs(benchmark, a.record, row) for a, row in zip(run.answers, published))
+    assert not any(belongs(benchmark, a.record, row) for a, row in zip(run.answers, published[1:]))
 
     score = benchmark.score(run)
     assert score.notes == []
@@ -183,8 +184,8 @@ def test_egoschema_rows_figures_and_hand_over(tmp_path):
         assert ours["prompt"] == a.record.text
         elided = "(long instruction, see appendix B) " + ours["prompt"][ours["prompt"].index("Choices:") :]
         assert json.dumps(ours | {"prompt": elided}) == json.dumps(row)
-        assert EGOSCHEMA.reply_of(row) == a.reply and EGOSCHEMA.same_record(a.record, row)
-    assert not EGOSCHEMA.same_record(run.answers[1].record, published[0])
+        assert EGOSCHEMA.reply_of(row) == a.reply and belongs(EGOSCHEMA, a.record, row)
+    assert not belongs(EGOSCHEMA, run.answers[1].record, published[0])
 
     score = EGOSCHEMA.score(run)
     assert [f"ACC:  {score.headline / 100}"] == expected["scorer_printout"]

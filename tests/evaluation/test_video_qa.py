@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+from eval_fixtures import belongs
 from evaluation.judging import FIXTURES, Recorder, canned, named, read, read_rows, run_of, write
 
 from lmm_jax.errors import UserError
@@ -82,7 +83,7 @@ def test_questions_rows_and_prompts(benchmark, videos, prompt, file, tmp_path):
         assert list(benchmark.answer_row(record, row["pred"]).items()) == list(row.items())
         assert benchmark.reply_of(row) == row["pred"]
         assert record.text.endswith(row["pred"].partition("prompt ending: ")[2])
-        assert [r for r in records if benchmark.same_record(r, row)] == [record]
+        assert [r for r in records if belongs(benchmark, r, row)] == [record]
     assert benchmark.records(folder)[0].text.endswith(" one complete sentence:\nwhat is made-up thing 0?")
     assert benchmark.max_new_tokens == 1024
 
@@ -147,7 +148,7 @@ def test_answers_are_joined_by_id(questions, tmp_path):
         write(questions / name, [e | {"question_id": int(e["question_id"][1:])} for e in entries])
     numbered = SETS[0].records(questions)
     assert [r.row for r in numbered] == [row | {"id": int(row["id"][1:])} for row in expected]
-    assert SETS[0].same_record(numbered[3], {"id": "3"})
+    assert belongs(SETS[0], numbered[3], {"id": "3"})
 
 
 def test_question_files_that_do_not_fit(questions):
@@ -223,8 +224,8 @@ def test_aspects_rows_figures_and_calls(benchmark, entries, tmp_path):
 
     for a, row in zip(run.answers, published):
         assert list(benchmark.answer_row(a.record, a.reply).items()) == list(row.items())
-        assert benchmark.same_record(a.record, row) and benchmark.reply_of(row) == a.reply
-    assert not benchmark.same_record(run.answers[0].record, published[1])
+        assert belongs(benchmark, a.record, row) and benchmark.reply_of(row) == a.reply
+    assert not belongs(benchmark, run.answers[0].record, published[1])
 
 
 def test_aspects_ask_the_bare_question(entries):
@@ -276,7 +277,7 @@ def test_consistency_rows_figures_and_calls(entries, tmp_path):
     rows = [benchmark.answer_row(a.record, a.reply) for a in run.answers]
     for i, (a, row) in enumerate(zip(run.answers, rows)):
         assert benchmark.reply_of(row) == a.reply
-        assert [benchmark.same_record(other.record, row) for other in run.answers] == [i == j for j in range(4)]
+        assert [belongs(benchmark, other.record, row) for other in run.answers] == [i == j for j in range(4)]
 
 
 def test_consistency_needs_both_answers(entries, tmp_path):

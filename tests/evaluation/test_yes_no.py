@@ -1,5 +1,5 @@
 import pytest
-from eval_fixtures import MME_RELEASE, golden, lay_out, lines, published_rows, run_of, stripped, without, write_lines
+from eval_fixtures import MME_RELEASE, belongs, golden, lay_out, lines, published_rows, run_of, stripped, without, write_lines
 
 from lmm_jax.errors import UserError
 from lmm_jax.evaluation.benchmark import Answered, Run
@@ -161,7 +161,7 @@ def test_mmes_table_is_whole_whatever_a_reply_holds(mme, tmp_path):
 
 def test_mme_tells_questions_about_a_picture_apart(mme):
     records, rows = [a.record for a in mme.answers[:2]], published_rows(mme, MME)[:2]
-    assert [[MME.same_record(record, row) for row in rows] for record in records] == [[True, False], [False, True]]
+    assert [[belongs(MME, record, row) for row in rows] for record in records] == [[True, False], [False, True]]
 
 
 def test_mme_says_what_is_not_asked(mme):
