@@ -9,13 +9,14 @@ tokens, T decoder positions, Q labelled positions, D and Dv widths.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from lmm_jax.config import DecoderConfig, ModelConfig, VisionConfig
+from lmm_jax.analysis import products
+from lmm_jax.analysis.products import Product
+from lmm_jax.config import ModelConfig
 
 Trained = Callable[[str], bool]
 
@@ -79,111 +80,55 @@ def component_flops(
         parts, below = _image_side(config, n, trained)
     if n and config.prefusion_layers:
         prefix, tokens = config.prefix_length, config.tokens_per_image
-        layers = _stack("prefusion_layers", d, config.prefusion_layers, n, prefix, tokens, prefix)
-        layers += _stack("prefusion_layers", d, config.prefusion_layers, n, fused, fused, prefix + fused)
+        path, number = "prefusion_layers", config.prefusion_layers
+        layers = products.decoder(path, d, number, rows=n, tokens=prefix, last=tokens, keys=prefix)
+        layers += products.decoder(path, d, number, rows=n, tokens=fused, last=fused, keys=prefix + fused)
         parts["prefusion_layers"] = _layers_cost(layers, trained, below)
         below |= _any(layers, trained)
     else:  # with pre-fusion, word embeddings enter without gradient
         below |= trained("embed_tokens/embedding")
-    layers = _stack("layers", d, d.num_layers, rows, length, targets, length)
+    layers = products.decoder("layers", d, d.num_layers, rows=rows, tokens=length, last=targets, keys=length)
     parts["layers"] = _layers_cost(layers, trained, below)
     below |= _any(layers, trained) or trained("norm/scale")
-    table = "embed_tokens/embedding" if d.tie_word_embeddings else "lm_head/kernel"
-    parts["lm_head"] = _cost([_Product(table, 2.0 * rows * targets * d.hidden_size * d.vocab_size)], trained, below)
+    parts["lm_head"] = _cost(products.head(d, rows * targets), trained, below)
     return parts
 
 
-@dataclasses.dataclass(frozen=True)
-class _Product:
-    """A product with the kernel at a path, or of two activations where that is ""; `flops` forward."""
-
-    kernel: str
-    flops: float
-
-
-def _any(products: list[_Product], trained: Trained) -> bool:
+def _any(of: list[Product], trained: Trained) -> bool:
     """Whether a kernel or its adapter is trained."""
-    return any(p.kernel and (trained(p.kernel) or trained(p.kernel.replace("kernel", "lora_a"))) for p in products)
+    return any(p.kernel and (trained(p.kernel) or trained(p.kernel.replace("kernel", "lora_a"))) for p in of)
 
 
-def _cost(products: list[_Product], trained: Trained, below: bool) -> float:
+def _cost(of: list[Product], trained: Trained, below: bool) -> float:
     """Forward and backward cost of products that follow each other; `below`: something trained lies below the first."""
     total = 0.0
-    for p in products:
+    for p in of:
         gradients = below + trained(p.kernel) if p.kernel else 2 * below
         total += p.flops * (1 + gradients)
         below |= _any([p], trained)
     return total
 
 
-def _layers_cost(products: list[_Product], trained: Trained, below: bool) -> float:
+def _layers_cost(of: list[Product], trained: Trained, below: bool) -> float:
     """The same for a stack of equal layers: each one's products follow all of the layer before, or its own norm."""
-    return _cost(products, trained, below or _any(products, trained))
-
-
-def _stack(path: str, c: DecoderConfig, length: int, rows: int, tokens: int, last_queries: int, keys: int) -> list[_Product]:
-    """Decoder layers over rows of `tokens` new positions that see `keys`; the last one runs for `last_queries` of them."""
-    stacked = _decoder_layer(f"{path}/stack", c, rows, tokens, tokens, keys) if length > 1 else []
-    last = _decoder_layer(f"{path}/last", c, rows, tokens, last_queries, keys)
-    return [dataclasses.replace(p, flops=p.flops * (length - 1)) for p in stacked] + last
-
-
-def _decoder_layer(path: str, c: DecoderConfig, rows: int, tokens: int, queries: int, keys: int) -> list[_Product]:
-    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    x = 2.0 * rows * c.hidden_size
-    return [
-        _Product(f"{path}/self_attn/q_proj/kernel", x * queries * q),
-        _Product(f"{path}/self_attn/k_proj/kernel", x * tokens * kv),
-        _Product(f"{path}/self_attn/v_proj/kernel", x * tokens * kv),
-        _Product("", 4.0 * rows * queries * keys * q),
-        _Product(f"{path}/self_attn/o_proj/kernel", x * queries * q),
-        *(_Product(f"{path}/mlp/{name}_proj/kernel", x * queries * c.intermediate_size) for name in ("gate", "up", "down")),
-    ]
+    return _cost(of, trained, below or _any(of, trained))
 
 
 def _image_side(c: ModelConfig, n: int, trained: Trained) -> tuple[dict[str, float], bool]:
     """Encoder, compressor and projector over n images; whether anything in them is trained."""
     v, d = c.vision.hidden_size, c.decoder.hidden_size
-    patches, encoder = _encoder(c.vision, n * c.tiles)
-    seen = _any([patches], trained)
-    parts = {"vision_tower": _cost([patches], trained, False) + _layers_cost(encoder, trained, seen)}
+    patches = products.patches(c.vision, n * c.tiles)
+    encoder = products.encoder(c.vision, n * c.tiles, layers=c.vision.num_layers - 1)
+    seen = _any(patches, trained)
+    parts = {"vision_tower": _cost(patches, trained, False) + _layers_cost(encoder, trained, seen)}
     seen |= _any(encoder, trained)
     coarse, fine = c.vision.grid**2, (c.resolution_ratio * c.vision.grid) ** 2
     groups = [(coarse, seen)]  # what is projected: tokens of an image, and whether something below is trained
     if c.compressor:
-        compressor = _compressor(v, n, c.tokens_per_image, fine)
+        compressor = products.compressor(c.compressor, v, n, fine)
         parts["compressor"] = _layers_cost(compressor, trained, seen)
         groups = [(c.prefix_length - c.tokens_per_image, seen)] if c.prefusion_layers else []
         groups += [(c.tokens_per_image, seen or _any(compressor, trained))]
-    parts["mm_projector"] = sum(_cost(_projector(v, d, n * tokens), trained, below) for tokens, below in groups)
+    parts["mm_projector"] = sum(_cost(products.projector(v, d, n * tokens), trained, below) for tokens, below in groups)
     below = any(below for _, below in groups)
-    return parts, below or _any(_projector(v, d, n), trained)
-
-
-def _encoder(c: VisionConfig, pictures: int) -> tuple[_Product, list[_Product]]:
-    """The patch embedding, and the layers."""
-    tokens, width, path = c.grid**2 + 1, c.hidden_size, "vision_tower/layers/stack"
-    x = 2.0 * pictures * (c.num_layers - 1) * tokens * width
-    patches = 2.0 * pictures * c.grid**2 * 3 * c.patch_size**2 * width
-    return _Product("vision_tower/embeddings/patch_embedding/kernel", patches), [
-        *(_Product(f"{path}/self_attn/{name}_proj/kernel", x * width) for name in ("q", "k", "v", "out")),
-        _Product("", 2 * x * tokens),
-        *(_Product(f"{path}/mlp/{name}/kernel", x * c.intermediate_size) for name in ("fc1", "fc2")),
-    ]
-
-
-def _compressor(width: int, n: int, tokens: int, features: int) -> list[_Product]:
-    path = "compressor/attn"
-    return [
-        _Product(f"{path}/q_proj/kernel", 2.0 * tokens * width**2),  # the same queries for all images
-        *(_Product(f"{path}/{name}_proj/kernel", 2.0 * n * features * width**2) for name in ("k", "v")),
-        _Product("", 4.0 * n * tokens * features * width),
-        _Product(f"{path}/out_proj/kernel", 2.0 * n * tokens * width**2),
-    ]
-
-
-def _projector(v: int, d: int, tokens: int) -> list[_Product]:
-    return [
-        _Product("mm_projector/linear_1/kernel", 2.0 * tokens * v * d),
-        _Product("mm_projector/linear_2/kernel", 2.0 * tokens * d * d),
-    ]
+    return parts, below or _any(products.projector(v, d, n), trained)

@@ -55,11 +55,17 @@ class CrossAttention(nn.Module):
         self.out_proj = Proj(heads, (self.width,), bias=True)
 
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """q (C²,Dv), k and v (N,S,Dv) -> output (N,C²,Dv), weights averaged over heads (N,C²,S) float32."""
-        q, k, v = self.q_proj(q), self.k_proj(k), self.v_proj(v)
-        scores = jnp.einsum("cah,nsah->nacs", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        """q (C²,Dv), k and v (N,S,Dv) -> output (N,C²,Dv), weights averaged over heads (N,C²,S) float32.
+
+        Few queries meet many features, so both projections of the features are done on the queries' side: (x·W)·q = x·(W·q)
+        for keys, whose bias adds the same to all scores of a query and so nothing, and Σ w·(x·W) = (Σ w·x)·W for values.
+        """
+        q = self.q_proj(q)
+        queries = jnp.einsum("cah,dah->cad", q, self.k_proj.kernel.astype(q.dtype))
+        scores = jnp.einsum("cad,nsd->nacs", queries, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
         weights = jax.nn.softmax(scores, axis=-1)
-        out = jnp.einsum("nacs,nsah->ncah", weights.astype(v.dtype), v)
+        seen = jnp.einsum("nacs,nsd->ncad", weights.astype(v.dtype), v)
+        out = jnp.einsum("ncad,dah->ncah", seen, self.v_proj.kernel.astype(v.dtype)) + self.v_proj.offset.astype(v.dtype)
         return self.out_proj(out), weights.mean(axis=1)
 
 

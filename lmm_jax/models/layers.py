@@ -46,19 +46,21 @@ class Proj(nn.Module):
     float32: bool = False
     gain: float = 1.0
 
-    @nn.compact
+    def setup(self) -> None:
+        """Declares kernel and bias."""
+        init = nn.initializers.normal(self.gain * math.prod(self.inputs) ** -0.5)
+        self.kernel = self.param("kernel", init, (*self.inputs, *self.outputs), jnp.float32)
+        if self.bias:
+            self.offset = self.param("bias", nn.initializers.zeros, self.outputs, jnp.float32)
+
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (…, *inputs) -> (…, *outputs), in the dtype of x, or float32."""
-        init = nn.initializers.normal(self.gain * math.prod(self.inputs) ** -0.5)
-        kernel = self.param("kernel", init, (*self.inputs, *self.outputs), jnp.float32)
         dtype = jnp.float32 if self.float32 else None
-        y = jnp.tensordot(x, kernel.astype(x.dtype), axes=len(self.inputs), preferred_element_type=dtype)
+        y = jnp.tensordot(x, self.kernel.astype(x.dtype), axes=len(self.inputs), preferred_element_type=dtype)
         if self.has_variable("params", "lora_a"):
             a, b, scale = (self.get_variable("params", f"lora_{part}").astype(x.dtype) for part in ("a", "b", "scale"))
             y += jnp.tensordot(jnp.tensordot(x, a, axes=len(self.inputs)) * scale, b, axes=1, preferred_element_type=dtype)
-        if self.bias:
-            y += self.param("bias", nn.initializers.zeros, self.outputs, jnp.float32).astype(x.dtype)
-        return y
+        return y + self.offset.astype(x.dtype) if self.bias else y
 
 
 def residual_gain(layers: int) -> float:
