@@ -79,9 +79,9 @@ def _parser(evaluation: bool) -> argparse.ArgumentParser:
     _model_options(chat)
     chat.set_defaults(run=_chat)
 
-    from lmm_jax.analysis.command import add_parser as add_report
+    from lmm_jax.analysis.command import add_parsers
 
-    add_report(commands)
+    add_parsers(commands)
     if evaluation:
         from lmm_jax.evaluation.command import add_parser
 

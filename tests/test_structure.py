@@ -37,8 +37,11 @@ ROOMS = {
         "lmm_jax.errors",
         "lmm_jax.config",
         "lmm_jax.sharding",
+        "lmm_jax.data",
         "lmm_jax.models",
         "lmm_jax.checkpoint",
+        "lmm_jax.inference",
+        "lmm_jax.demo",
     },
     "lmm_jax.cli": {
         "lmm_jax",

@@ -1,13 +1,16 @@
-"""``lmm report``."""
+"""``lmm report | inspect``."""
 
 from __future__ import annotations
 
 import argparse
+import types
+import warnings
 from pathlib import Path
 from typing import Any
 
 from lmm_jax.analysis.flops import PUBLISHED_TEXT
-from lmm_jax.config import ModelConfig, named_sizes
+from lmm_jax.config import TEMPLATES, ModelConfig, named_sizes
+from lmm_jax.demo import MODEL
 from lmm_jax.errors import UserError
 
 
@@ -16,13 +19,47 @@ def report(args: argparse.Namespace) -> None:
     from lmm_jax.analysis import report
 
     name, config = _config(args.model)
+    plots = _plots() if args.plot else None
     made = report.make(name, config, args.images, args.text, attention=args.attention, dtype=args.dtype)
     print(report.markdown(made), end="")
     for file, text in ((args.markdown, report.markdown), (args.json, report.as_json)):
         if file:
             _write(file, text(made))
-    if args.plot:
-        report.plot(made, args.plot)
+    if plots:
+        plots.costs(made, args.plot)
+
+
+def inspect(args: argparse.Namespace) -> None:
+    """What a model looks at while it answers: attention by layer, what hiding the vision tokens changes, compression maps."""
+    plots = _plots()
+    from lmm_jax.analysis import inspection
+    from lmm_jax.inference.assistant import Question, Video
+    from lmm_jax.inference.loading import load
+
+    if args.model is None:
+        warnings.warn("without --model DIR it is the demo model, which knows coloured shapes only", stacklevel=2)
+    model = load(args.model or MODEL, mesh=args.mesh, dtype=args.dtype)
+    video = Video(args.video, args.start, args.end, args.fps) if args.video else None
+    asked = {"answer": args.answer, "group": args.group, "max_new_tokens": args.max_new_tokens, "template": args.template}
+    found = inspection.inspect(model, Question(args.question, args.image, video), **asked)
+    print(inspection.table(found), end="")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{args.out} cannot be made: {error}") from error
+    inspection.write_arrays(found, args.out / "inspect.npz")
+    plots.by_layer(found.seen, args.out / "attention.png")
+    plots.hiding(found.hidden, args.out / "hidden.png")
+    if found.maps:
+        plots.maps(found.pictures, found.maps, args.out / "compression.png")
+
+
+def _plots() -> types.ModuleType:
+    try:
+        from lmm_jax.analysis import plots
+    except ImportError as error:
+        raise UserError("plots need matplotlib: pip install 'lmm-jax[plot]'") from error
+    return plots
 
 
 def _config(model: str) -> tuple[str, ModelConfig]:
@@ -43,8 +80,8 @@ def _write(file: Path, text: str) -> None:
         raise UserError(f"{file} cannot be written: {error}") from error
 
 
-def add_parser(commands: Any) -> None:
-    """Adds ``report`` to the command line."""
+def add_parsers(commands: Any) -> None:
+    """Adds ``report`` and ``inspect`` to the command line."""
     made = commands.add_parser("report", help="what a model costs", description=(report.__doc__ or "").splitlines()[0])
     made.add_argument(
         "model", nargs="?", default="llava-mini-vicuna-7b", help="a model folder, or a size by name (llava-mini-vicuna-7b)"
@@ -57,3 +94,20 @@ def add_parser(commands: Any) -> None:
     made.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     made.add_argument("--plot", type=Path, metavar="FILE", help="draw them there, as PNG, SVG or PDF (needs matplotlib)")
     made.set_defaults(run=report)
+
+    made = commands.add_parser("inspect", help="what a model looks at", description=(inspect.__doc__ or "").splitlines()[0])
+    made.add_argument("question", help="the question")
+    made.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for arrays and plots (needs matplotlib)")
+    made.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times")
+    made.add_argument("--video", metavar="FILE", help="a video")
+    made.add_argument("--start", type=float, metavar="SECONDS", help="where to begin in the video")
+    made.add_argument("--end", type=float, metavar="SECONDS", help="where to stop in the video")
+    made.add_argument("--fps", type=float, default=1.0, metavar="N", help="frames taken per second of video (1)")
+    made.add_argument("--answer", metavar="TEXT", help="the answer that is looked at (the model's own)")
+    made.add_argument("--group", type=int, metavar="N", help="layers that vision is hidden from at a time (an eighth of them)")
+    made.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (64)")
+    made.add_argument("--model", metavar="DIR", help="a model folder, made by python -m conversion from-hf (the demo model)")
+    made.add_argument("--mesh", metavar="SIZES", help="devices to use, as data=1,fsdp=8,tensor=1 (one device)")
+    made.add_argument("--dtype", choices=("float32", "bfloat16"), help="of weights and arithmetic (by platform)")
+    made.add_argument("--template", choices=TEMPLATES, help="prompt template (the model's own)")
+    made.set_defaults(run=inspect)

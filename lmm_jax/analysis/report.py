@@ -1,4 +1,4 @@
-"""``lmm report``: FLOPs, parameters and memory of a model and its variants, as tables and as a plot."""
+"""``lmm report``: FLOPs, parameters and memory of a model and its variants, as tables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from lmm_jax.analysis import costs
@@ -15,7 +14,7 @@ from lmm_jax.config import ModelConfig
 from lmm_jax.errors import UserError
 
 _NOTHING = "–"
-_COMPONENTS = ("vision encoder", "compressor", "projector", "pre-fusion, image", "pre-fusion, text", "decoder", "logits")
+COMPONENTS = ("vision encoder", "compressor", "projector", "pre-fusion, image", "pre-fusion, text", "decoder", "logits")
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -82,9 +81,9 @@ def count_parameters(config: ModelConfig) -> int:
 
 def markdown(report: Report) -> str:
     """Tables, and what is to be said of the published figures."""
-    head = ["TFLOPs", *_COMPONENTS, "total", "asked again", "published program"]
+    head = ["TFLOPs", *COMPONENTS, "total", "asked again", "published program"]
     rows = [
-        [c.name, *(_tera(c.ours.get(n)) for n in (*_COMPONENTS, "total")), _tera(c.again), _tera(c.published["total"])]
+        [c.name, *(_tera(c.ours.get(n)) for n in (*COMPONENTS, "total")), _tera(c.again), _tera(c.published["total"])]
         for c in report.models
     ]
     if report.published:
@@ -110,47 +109,6 @@ def as_json(report: Report) -> str:
     values: dict[str, Any] = dataclasses.asdict(report)
     values["published_figures"] = costs.PUBLISHED if report.published else {}
     return json.dumps(values, indent=2) + "\n"
-
-
-def plot(report: Report, file: Path) -> None:
-    """Components of every variant as stacked bars, and the two kinds of video beside them.
-
-    Raises:
-      UserError: matplotlib is not installed, or the file cannot be written.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError("a plot needs matplotlib: pip install 'lmm-jax[plot]'") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (bars, lines) = plt.subplots(1, 2, figsize=(12, 5), width_ratios=(3, 2), layout="constrained")
-    names, left = [c.name for c in report.models], [0.0] * len(report.models)
-    for component in _COMPONENTS:
-        values = [c.ours.get(component, 0.0) / 1e12 for c in report.models]
-        bars.barh(names, values, left=left, label=component)
-        left = [a + b for a, b in zip(left, values)]
-    bars.plot([c.published["total"] / 1e12 for c in report.models], names, "k|", markersize=14, label="published program")
-    bars.invert_yaxis()
-    bars.set_xlabel("TFLOPs of a question")
-    bars.legend(fontsize="small", loc="upper right", bbox_to_anchor=(1.0, 0.88))
-    for kind in (1, 2):
-        frames = [row[0] for row in report.videos]
-        lines.loglog(
-            frames, [row[kind].ours["total"] / 1e12 for row in report.videos], "o-", label=report.videos[0][kind].name
-        )
-    lines.set_xlabel("frames of a video")
-    lines.set_ylabel("TFLOPs of a question")
-    lines.grid(alpha=0.3)
-    lines.legend()
-    figure.suptitle(report.title)
-    try:
-        figure.savefig(file, dpi=120)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be written: {error}") from error
-    finally:
-        plt.close(figure)
 
 
 def _tera(value: float | None) -> str:

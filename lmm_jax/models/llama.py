@@ -33,6 +33,7 @@ class Step:
       rope: cosines and sines, (T,H/2) or (B,T,H/2) each.
       write_at: None, or the cache position (B,) of the one new token of each row: a decode step.
       queries: None, or (B,Q), ascending: the positions (in x) that the last layer is run for.
+      mask: None, or (B,T,T) bool, which keys each position sees; without it those before it, and itself.
       keep: whether each layer's new keys and values are returned.
       implementation: attention kernel.
     """
@@ -40,6 +41,7 @@ class Step:
     rope: KV
     write_at: jax.Array | None = None
     queries: jax.Array | None = None
+    mask: jax.Array | None = None
     keep: bool = struct.field(pytree_node=False, default=False)
     implementation: str = struct.field(pytree_node=False, default="auto")
 
@@ -77,7 +79,7 @@ class Attention(nn.Module):
         k, v = layers.rotate(self.k_proj(x), step.rope), self.v_proj(x)
         q = constrain(q, "batch", None, "heads", None)
         k, v = (constrain(t, "batch", None, "kv_heads", None) for t in (k, v))
-        new, mask, causal = (k, v), None, True
+        new, mask, causal = (k, v), step.mask, step.mask is None
         if cache is not None:
             cache = _write(cache, new, layer, step.write_at)
         if step.write_at is not None:
