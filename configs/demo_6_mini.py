@@ -21,9 +21,9 @@ def get_config() -> TrainConfig:
             template="",
             sources=(
                 *demo.sources("world", "captions", sampling="first:2000"),
-                *demo.sources("binding", "images", sampling="first:40000"),
+                *demo.sources("binding", "images"),
                 *demo.sources("clips", "clip_captions", sampling="first:2000"),
-                *demo.sources("clips", "clips", sampling="first:20000"),
+                *demo.sources("clips", "clips", sampling="first:24000"),
             ),
             buckets=(48, 72, 104, 136, 168, 208),
         ),

@@ -146,7 +146,9 @@ def read_leaf(folder: Path | str, name: str) -> np.ndarray:
         return checkpoint_io.open_array(_params(Path(folder)), name).read().result()
 
 
-def load_params(folder: Path | str, abstract: Any, *, dtype: Any = None) -> Any:
+def load_params(
+    folder: Path | str, abstract: Any, *, dtype: Any = None, each: Callable[[str, jax.Array], Any] | None = None
+) -> Any:
     """Reads the parameters of a model folder, each device's slice straight from the disk.
 
     A process reads what its own devices hold and no more; at most one leaf (a stack of layers) is on its way at a time.
@@ -155,6 +157,8 @@ def load_params(folder: Path | str, abstract: Any, *, dtype: Any = None) -> Any:
       folder: a model folder.
       abstract: the parameter tree as ShapeDtypeStructs with `.sharding`; arrays are cast to its dtypes.
       dtype: in place of the dtypes of `abstract`.
+      each: is given the path of each leaf ("layers/stack/mlp/up_proj/kernel") and the leaf as soon as it is there; what it
+        returns, an array or a tree of them, takes the leaf's place before the next one is read.
 
     Returns:
       A tree like `abstract` of jax Arrays.
@@ -175,7 +179,8 @@ def load_params(folder: Path | str, abstract: Any, *, dtype: Any = None) -> Any:
     loaded = []
     for path, leaf in leaves.items():
         layers = [stores[name] for name in names[path]]
-        loaded.append(_place(folder, ts.stack(layers) if "/stack/" in path else layers[0], leaf, dtype))
+        array = _place(folder, ts.stack(layers) if "/stack/" in path else layers[0], leaf, dtype)
+        loaded.append(array if each is None else jax.block_until_ready(each(path, array)))
     return jax.tree.unflatten(jax.tree.structure(abstract), loaded)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from flax import linen as nn
 
 from lmm_jax.config import RopeScaling
+from lmm_jax.models import quantization
 
 REMAT = ("none", "full", "dots")  # a backward pass finds all of a layer; its input only; its input and matrix products
 
@@ -29,8 +30,8 @@ def rematerialised(layer: type[nn.Module], remat: str) -> type[nn.Module]:
 class Proj(nn.Module):
     """y[…, out] = x[…, in] · kernel[in, out] (+ bias[out]); `in` and `out` may each be several axes.
 
-    Every weight matrix of the model is one of these, so this is where quantised weights belong. Where the parameters hold
-    `lora_a` (in, r), `lora_b` (r, out) and `lora_scale` (), the kernel is kernel + lora_scale · lora_a · lora_b.
+    Every weight matrix of the model is one of these. Its kernel may be quantised, see `quantization`. Where the parameters
+    hold `lora_a` (in, r), `lora_b` (r, out) and `lora_scale` (), the kernel is kernel + lora_scale · lora_a · lora_b.
 
     Attributes:
       inputs: sizes of the contracted axes, the last ones of x.
@@ -49,14 +50,20 @@ class Proj(nn.Module):
     def setup(self) -> None:
         """Declares kernel and bias."""
         init = nn.initializers.normal(self.gain * math.prod(self.inputs) ** -0.5)
-        self.kernel = self.param("kernel", init, (*self.inputs, *self.outputs), jnp.float32)
+        if self.has_variable("params", "kernel"):
+            self.kernel = self.get_variable("params", "kernel")  # quantised ones have another shape
+        else:
+            self.kernel = self.param("kernel", init, (*self.inputs, *self.outputs), jnp.float32)
         if self.bias:
             self.offset = self.param("bias", nn.initializers.zeros, self.outputs, jnp.float32)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (…, *inputs) -> (…, *outputs), in the dtype of x, or float32."""
         dtype = jnp.float32 if self.float32 else None
-        y = jnp.tensordot(x, self.kernel.astype(x.dtype), axes=len(self.inputs), preferred_element_type=dtype)
+        if quantization.is_quantized(self.kernel):
+            y = quantization.project(x, self.kernel, len(self.inputs), dtype)
+        else:
+            y = jnp.tensordot(x, self.kernel.astype(x.dtype), axes=len(self.inputs), preferred_element_type=dtype)
         if self.has_variable("params", "lora_a"):
             a, b, scale = (self.get_variable("params", f"lora_{part}").astype(x.dtype) for part in ("a", "b", "scale"))
             y += jnp.tensordot(jnp.tensordot(x, a, axes=len(self.inputs)) * scale, b, axes=1, preferred_element_type=dtype)

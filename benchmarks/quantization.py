@@ -1,0 +1,96 @@
+"""What fewer bits do to answers: ``python benchmarks/quantization.py`` compares formats on the demo world.
+
+For each format: part of the questions answered right; mean Kullback-Leibler divergence of the first word's probabilities from
+float32's, in nats; part of the answers that are the same; bytes of all parameters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import demo_accuracy
+import jax
+import numpy as np
+
+import lmm_jax
+from lmm_jax.data.conversation import render
+from lmm_jax.data.layout import Row
+from lmm_jax.demo.dataset import write_test_set
+from lmm_jax.inference.assistant import Assistant, Conversation, Question
+
+FORMATS: dict[str, dict[str, str]] = {
+    "float32": {"dtype": "float32"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "int8, float32 arithmetic": {"dtype": "float32", "quantize": "int8"},
+    "int4, float32 arithmetic": {"dtype": "float32", "quantize": "int4"},
+}
+BATCH = 32
+SEED = 20261122
+
+
+def main() -> int:
+    """Prints the table and writes the JSON beside this file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="a model folder (the demo model)")
+    parser.add_argument("--images", type=int, default=500, help="pictures (500)")
+    args = parser.parse_args()
+    found: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_test_set(folder, images=args.images, clips=0, seed=SEED)
+        lines = (folder / "questions.jsonl").read_text().splitlines()
+        first: tuple[np.ndarray, list[str]] | None = None
+        for kind, settings in FORMATS.items():
+            records = [json.loads(line) for line in lines]
+            model = lmm_jax.load(args.model, **settings)
+            demo_accuracy.answer(model, folder, records)
+            logs, said = log_probabilities(model, folder, records), [r["said"] for r in records]
+            first = first or (logs, said)
+            found[kind] = {
+                "right": float(np.mean([r["said"] == r["answer"] for r in records])),
+                "divergence": float((np.exp(first[0]) * (first[0] - logs)).sum(-1).mean()),
+                "same": float(np.mean([a == b for a, b in zip(said, first[1])])),
+                "bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(model.engine.params)),
+            }
+    print(table(found))
+    result = {"questions": len(lines), "seed": SEED, "jax": jax.__version__, "formats": found}
+    Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+def log_probabilities(model: Assistant, folder: Path, records: list[dict[str, Any]]) -> np.ndarray:
+    """Of the first word of each answer, (R,vocab) float64."""
+    found = []
+    for start in range(0, len(records), BATCH):
+        asked = [
+            model.extend(Conversation(), Question(r["question"], [str(folder / r["image"])])) for r in records[start:][:BATCH]
+        ]
+        spans = [render(c.messages, model.config.template, model.tokenizer, generate=True) for c in asked]
+        rows = [Row(model.tokenizer.encode(s)[0], (1,)) for s in spans]
+        logits, layout = model.engine.logits(rows, [c.media for c in asked])
+        last = logits[np.arange(len(rows)), layout.lengths[: len(rows)] - 1].astype(np.float64)
+        found.append(
+            last - np.log(np.exp(last - last.max(-1, keepdims=True)).sum(-1, keepdims=True)) - last.max(-1, keepdims=True)
+        )
+    return np.concatenate(found)
+
+
+def table(found: dict[str, dict[str, float]]) -> str:
+    """As Markdown."""
+    lines = ["| weights | right | divergence from float32, nats | same answers | parameters |", "|---|---|---|---|---|"]
+    for kind, of in found.items():
+        size = f"{of['bytes'] / 1e6:.1f} MB"
+        lines.append(f"| {kind} | {of['right']:.1%} | {of['divergence']:.5f} | {of['same']:.1%} | {size} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
