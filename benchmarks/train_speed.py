@@ -18,14 +18,10 @@ import dataclasses
 import datetime
 import json
 import os
-import platform
-import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from published import to_hf_names  # noqa: E402
+from twin import Theirs, machine, threads  # noqa: E402
 
 from configs import demo  # noqa: E402
 from configs.common import PROJECTOR, STAGE_2  # noqa: E402
@@ -160,32 +157,6 @@ class Ours:
         return out
 
 
-class Theirs:
-    """benchmarks/train_speed_torch.py in the other interpreter."""
-
-    def __init__(self, python: str, folder: Path) -> None:
-        """Starts it; it waits where it is not asked."""
-        script = Path(__file__).with_name("train_speed_torch.py")
-        command = [python, str(script), str(folder), "--threads", str(threads())]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.versions = self._read()
-
-    def run(self, name: str, steps: int) -> dict[str, Any]:
-        """As `Ours.run`."""
-        self._process.stdin.write(f"{name} {steps}\n")
-        self._process.stdin.flush()
-        return self._read()
-
-    def _read(self) -> dict[str, Any]:
-        line = self._process.stdout.readline()
-        return json.loads(line) if line else sys.exit("the PyTorch side has stopped, see above")
-
-    def close(self) -> None:
-        """Ends it."""
-        self._process.stdin.close()
-        self._process.wait()
-
-
 def main() -> None:
     """Prepares, checks that both do the same, measures, records."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -201,13 +172,13 @@ def main() -> None:
         ours = {name: Ours(case, world) for name, case in CASES.items()}
         for name, side in ours.items():
             side.export(exported / name)
-        theirs = Theirs(args.torch_python, exported)
+        theirs = Theirs(args.torch_python, "train_speed_torch.py", exported)
         found = {name: first_steps(name, ours[name], theirs) for name in CASES}
         seconds = {(name, side): [] for name in CASES for side in ("jax", "torch")}
         for _ in range(args.rounds):
             for name in CASES:
                 seconds[name, "jax"].append(ours[name].run(args.steps)["seconds"])
-                seconds[name, "torch"].append(theirs.run(name, args.steps)["seconds"])
+                seconds[name, "torch"].append(theirs.run(f"{name} {args.steps}")["seconds"])
         theirs.close()
     for (name, side), measured in seconds.items():
         rates = [CASES[name].rows * args.steps / s for s in measured]
@@ -215,13 +186,13 @@ def main() -> None:
         found[name][side] |= {what: round(rate, 2) for what, rate in rates.items()}
     print(markdown(found))
     result = {"unit": "samples/s", "rounds": args.rounds, "steps": args.steps, "cases": found}
-    result |= {"machine": machine() | theirs.versions, "date": datetime.date.today().isoformat()}
+    result |= {"machine": machine("optax") | theirs.versions, "date": datetime.date.today().isoformat()}
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def first_steps(name: str, ours: Ours, theirs: Theirs) -> dict[str, Any]:
     """Compiles, warms up, and makes sure that both learn the same: what the first step took, how far losses are apart."""
-    runs = {"jax": ours.run, "torch": lambda steps: theirs.run(name, steps)}
+    runs = {"jax": ours.run, "torch": lambda steps: theirs.run(f"{name} {steps}")}
     firsts = {side: run(1) for side, run in runs.items()}
     losses = {side: firsts[side]["losses"] + run(FIRST_STEPS - 1)["losses"] for side, run in runs.items()}
     apart = float(np.abs(np.subtract(losses["jax"], losses["torch"])).max())
@@ -247,22 +218,6 @@ def markdown(found: dict[str, dict[str, Any]]) -> str:
     apart = max(case["losses_apart"] for case in found.values())
     lines += ["", f"First step, in seconds: {first[0]} (compilation), PyTorch {first[1]}."]
     return "\n".join([*lines, f"Losses of the first {FIRST_STEPS} steps are at most {apart:.1e} apart."])
-
-
-def threads() -> int:
-    """Processors that both sides may use."""
-    return len(os.sched_getaffinity(0))
-
-
-def machine() -> dict[str, object]:
-    """What the figures were taken on."""
-    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return {
-        "cpu": model[1] if model else platform.machine(),
-        "cores": threads(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("jax", "jaxlib", "flax", "optax")},
-    }
 
 
 if __name__ == "__main__":

@@ -1,24 +1,24 @@
 """The jitted programs of inference, and the host code that feeds them.
 
     images, frames ─ encode ─ fuse ─┐        chunks of images: memory does not grow with a video's length
-    prompt ids ─────────────────────┴─ place ─ prefill ─ decode … decode        rows of a batch
+    prompt ids ─────────────────────┴─ place ─► decoder input ─► slots: prefill, insert, decode … decode
 
 Every shape is rounded up to a bucket, so the number of compiled programs is bounded whatever is asked.
-Axis letters: B rows, N images of a chunk, P tiles, H,W pixels, T decoder positions, I instruction tokens, M new tokens,
-V vision tokens per image, D width.
+Axis letters: B rows, N images of a chunk, P tiles, H,W pixels, T decoder positions, I instruction tokens, V vision tokens per
+image, D width.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from flax import struct
 from jax.sharding import Mesh
 
 from lmm_jax import sharding
@@ -27,11 +27,10 @@ from lmm_jax.data.layout import Layout, Row, check_row, decoder_length, fused_le
 from lmm_jax.errors import UserError
 from lmm_jax.inference.buckets import length_bucket, power_of_two
 from lmm_jax.inference.images import ImageSide, Medium, count_images
-from lmm_jax.inference.sampling import Sampler, Sampling, sample
-from lmm_jax.models.llama import KV, empty_cache
+from lmm_jax.inference.sampling import Sampling
+from lmm_jax.inference.slots import Programs, Slots
 from lmm_jax.models.llava_mini import LlavaMini
 from lmm_jax.models.loss import next_token_loss
-from lmm_jax.sharding import constrain
 
 MAX_BATCH = 32  # rows, where nothing else is asked for
 MAX_POSITIONS = 32768  # rows × positions of one batch on a device, the room for answers included
@@ -52,27 +51,21 @@ class Request:
         return Row(self.ids, tuple(count_images(m) for m in self.media))
 
 
-@struct.dataclass
-class DecodeState:
-    """A batch in the middle of generating.
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """Requests that share one cache.
 
     Attributes:
-      cache: keys and values, see `llama.empty_cache`.
-      position: (B,) int32, where each row's newest token is written next.
-      tokens: (B,M) int32, generated so far, the end token included.
-      count: (B,) int32, how many of them.
-      limit: (B,) int32, at most so many.
-      done: (B,) bool.
-      sampler: settings of the rows.
+      members: numbers of the requests, in the order in which they begin.
+      rows: of them at once.
+      length: positions of a row (S).
+      room: new tokens of a row (M).
     """
 
-    cache: dict[str, KV]
-    position: jax.Array
-    tokens: jax.Array
-    count: jax.Array
-    limit: jax.Array
-    done: jax.Array
-    sampler: Sampler
+    members: list[int]
+    rows: int
+    length: int
+    room: int
 
 
 class Engine:
@@ -106,8 +99,7 @@ class Engine:
         self._place_vision = jax.jit(
             lambda x, tokens, index: self._apply({}, "place_vision", x, rearrange(tokens, "n v d -> 1 (n v) d"), index)
         )
-        self._prefill = jax.jit(self._prefill_rows, static_argnames="room")
-        self._decode = jax.jit(self._decode_steps, donate_argnums=1)
+        self.programs = Programs(self._model, mesh)
         self._all_logits = jax.jit(lambda params, x: self._apply(params, "decode", x)[0])
         self._loss = jax.jit(lambda params, x, labels: next_token_loss(self._apply(params, "decode", x)[0], labels))
 
@@ -123,37 +115,36 @@ class Engine:
     ) -> Iterator[tuple[int, list[int]]]:
         """As `generate`: (number of the request, its new tokens) as they are done.
 
-        Requests of like length share a batch of at most `batch_size` rows, fewer where they are long.
+        At most `batch_size` rows generate at once, fewer where they are long; where one is done the next one enters.
         """
         stop = np.array(stop_ids, np.int32)
-        batches = self._batches(requests, batch_size)
-        given = [[requests[i] for i in batch] for batch in batches]
-        coming = self._embed(given[0]) if given else None
-        for k, batch in enumerate(batches):
-            state, failed = self._start(given[k], *coming, stop), None
-            state = self._advance(state, stop, state.tokens.shape[1])
-            try:
-                coming = self._embed(given[k + 1]) if k + 1 < len(given) else None  # while the device generates
-            except UserError as error:
-                failed = error
-            tokens, count = np.asarray(state.tokens), np.asarray(state.count)
-            del state  # its cache, before there is another one
-            yield from ((i, tokens[b, : count[b]].tolist()) for b, i in enumerate(batch))
-            if failed:
-                raise failed
+        for group in self._groups(requests, batch_size):
+            left = group
+            while left.members:
+                done = set()
+                try:
+                    for i, tokens in self._run(requests, left, stop):
+                        done.add(i)
+                        yield i, tokens
+                except jax.errors.JaxRuntimeError as error:  # the cache is lost with the program that it was given to
+                    if left.rows <= 1 or "RESOURCE_EXHAUSTED" not in str(error):
+                        raise UserError(f"the device failed: {str(error).splitlines()[0]}") from error
+                    left = dataclasses.replace(left, rows=left.rows // 2)
+                left = dataclasses.replace(left, members=[i for i in left.members if i not in done])
 
     def stream(self, request: Request, stop_ids: Sequence[int]) -> Iterator[int]:
         """New tokens of one request as they come, up to and with the first of `stop_ids`."""
-        self._check(request.row(), new=1)
-        stop = np.array(stop_ids, np.int32)
-        state, seen, steps = self._start([request], *self._embed([request]), stop), 0, 1
-        while True:
-            tokens, count, done = (np.asarray(x)[0] for x in (state.tokens, state.count, state.done))
-            yield from tokens[seen:count].tolist()
-            if done:
-                return
-            seen, state = count, self._advance(state, stop, steps)
-            steps = min(2 * steps, STREAM_STEPS)
+        (group,) = self._groups([request], 1)
+        stop, seen, steps = np.array(stop_ids, np.int32), 0, 1
+        slots = self._slots(group, stop)
+        self._enter(slots, [request], group, [0], *self._embed([request]))
+        while slots.busy:
+            ((_, tokens),) = slots.leave() or slots.tokens().items()
+            yield from tokens[seen:]
+            seen = len(tokens)
+            if slots.busy:
+                slots.advance(steps)
+                steps = min(2 * steps, STREAM_STEPS)
 
     def logits(self, rows: Sequence[Row], media: Sequence[Sequence[Medium]]) -> tuple[np.ndarray, Layout]:
         """Next-token logits at every position of every row: (B,T,vocab) float32, with the layout that says what T holds."""
@@ -208,40 +199,79 @@ class Engine:
             )
         return length
 
-    def _batches(self, requests: Sequence[Request], most: int) -> list[list[int]]:
-        """Indices grouped so that rows of one batch are of like length."""
-        lengths = [self._check(r.row(), new=1) for r in requests]
+    def _groups(self, requests: Sequence[Request], most: int) -> list[_Group]:
+        """Requests whose prompts and answers are of like length, `most` of which generate at once if there is memory."""
+        prompts = [self._check(r.row(), new=1) for r in requests]
+        limits = [self._limit(r, n) for r, n in zip(requests, prompts)]
+        sizes = [length_bucket(length_bucket(n) + length_bucket(limit)) for n, limit in zip(prompts, limits)]
         d, m = self.config.decoder, self._multiple
-        position = 2 * d.num_layers * d.num_kv_heads * d.head_dim * self.dtype.itemsize
-        room = m * min(MAX_POSITIONS, CACHE_BYTES // position)
-        batches: list[list[int]] = []
-        longest = 0  # tokens that a row of the batch may generate
-        for i in sorted(range(len(requests)), key=lambda i: lengths[i]):
-            longest = max(longest, requests[i].sampling.max_new_tokens)
-            size = length_bucket(lengths[i]) + length_bucket(longest)
-            rows = m * power_of_two(-(-(len(batches[-1]) + 1) // m)) if batches else 0
-            if not batches or len(batches[-1]) == most or rows * size > room:
-                batches.append([])
-                longest = requests[i].sampling.max_new_tokens
-            batches[-1].append(i)
-        return batches
+        room = m * min(MAX_POSITIONS, CACHE_BYTES // (2 * d.num_layers * d.num_kv_heads * d.head_dim * self.dtype.itemsize))
+        groups: list[list[int]] = []
+        for i in sorted(range(len(requests)), key=lambda i: sizes[i]):
+            if not groups or (sizes[i] > 4 * sizes[groups[-1][0]] and len(groups[-1]) >= most):
+                groups.append([])
+            groups[-1].append(i)
+        found = []
+        for members in groups:
+            members.sort(key=lambda i: (-length_bucket(limits[i]), prompts[i]))  # who takes long begins early
+            length = max(sizes[i] for i in members)
+            rows = min(most, len(members))
+            while rows > 1 and self.programs.size(rows) * length > room:
+                rows //= 2
+            found.append(_Group(members, rows, length, length_bucket(max(limits[i] for i in members))))
+        return found
+
+    def _limit(self, request: Request, length: int) -> int:
+        """New tokens of a request whose prompt takes so many positions."""
+        return min(request.sampling.max_new_tokens, self.config.decoder.max_position_embeddings - length)
+
+    def _slots(self, group: _Group, stop: np.ndarray) -> Slots:
+        return Slots(self.programs, self.params, group.rows, group.length, group.room, stop)
+
+    def _run(self, requests: Sequence[Request], group: _Group, stop: np.ndarray) -> Iterator[tuple[int, list[int]]]:
+        """Generates the rows of a group; the decoder input of those that come next is made while the device generates."""
+        slots, waiting, failed = self._slots(group, stop), collections.deque(group.members), None
+        ready: list[int] = []  # embedded, in this order, of which those from `entered` on have not entered
+        entered = 0
+        while waiting or entered < len(ready) or slots.busy:
+            if slots.busy:
+                more = waiting or entered < len(ready)
+                slots.advance(group.room, max(1, group.rows // 4) if more else None)
+            if waiting and entered == len(ready):
+                ready, entered = [waiting.popleft() for _ in range(min(group.rows, len(waiting)))], 0
+                try:
+                    embedded = self._embed([requests[i] for i in ready])
+                except UserError as error:  # of those that generate none is lost
+                    failed, ready = error, []
+                    waiting.clear()
+            yield from slots.leave()
+            count = min(slots.free, len(ready) - entered)
+            if count and (not slots.busy or slots.free >= max(1, group.rows // 4)):
+                self._enter(slots, requests, group, ready, *embedded, range(entered, entered + count))
+                entered += count
+        if failed:
+            raise failed
+
+    def _enter(
+        self,
+        slots: Slots,
+        requests: Sequence[Request],
+        group: _Group,
+        embedded: Sequence[int],
+        x: jax.Array,
+        layout: Layout,
+        chosen: Iterable[int] = (0,),
+    ) -> None:
+        """Of the members of a group that x (N,T,D) holds, the chosen ones enter."""
+        rows = []
+        for n in chosen:
+            request, length = requests[embedded[n]], int(layout.lengths[n])
+            limit = min(self._limit(request, length), group.room)
+            rows.append((embedded[n], n, length, dataclasses.replace(request.sampling, max_new_tokens=limit)))
+        slots.enter(x, rows)
 
     def _embed(self, requests: Sequence[Request]) -> tuple[jax.Array, Layout]:
         return self.embed([r.row() for r in requests], [r.media for r in requests])
-
-    def _start(self, requests: Sequence[Request], x: jax.Array, layout: Layout, stop: np.ndarray) -> DecodeState:
-        context = self.config.decoder.max_position_embeddings
-        limits = np.zeros(len(layout.lengths), np.int32)  # padding rows are done at once
-        settings = [r.sampling for r in requests]
-        limits[: len(requests)] = [min(s.max_new_tokens, context - n) for s, n in zip(settings, layout.lengths)]
-        settings += [Sampling()] * (len(limits) - len(requests))
-        room = length_bucket(int(limits.max()))
-        with jax.set_mesh(self.mesh):
-            return self._prefill(self.params, x, layout.lengths, limits, Sampler.of(settings), stop, room=room)
-
-    def _advance(self, state: DecodeState, stop: np.ndarray, steps: int) -> DecodeState:
-        with jax.set_mesh(self.mesh):
-            return self._decode(self.params, state, stop, np.int32(steps))
 
     # ---- the programs ---------------------------------------------------------------------------------------------
 
@@ -253,47 +283,3 @@ class Engine:
     ) -> jax.Array:
         fused = None if total is None else total / jnp.maximum(images, 1)[:, None, None]
         return self._apply(params, "place_text", ids, fused, fused_index)
-
-    def _prefill_rows(
-        self, params: Any, x: jax.Array, lengths: jax.Array, limits: jax.Array, sampler: Sampler, stop: jax.Array, *, room: int
-    ) -> DecodeState:
-        batch, length = x.shape[:2]
-        cache = empty_cache(self.config.decoder, batch, length + room, self._model.dtype)
-        logits, cache = self._apply(params, "decode", x, cache=cache, queries=(lengths - 1)[:, None])
-        count = jnp.zeros(batch, jnp.int32)
-        token = sample(logits[:, 0], sampler, count)
-        tokens = jnp.zeros((batch, room), jnp.int32).at[:, 0].set(token)
-        done = jnp.isin(token, stop) | (limits <= 1)
-        return _spread(DecodeState(cache, lengths, tokens, count + (limits > 0), limits, done, sampler))
-
-    def _decode_steps(self, params: Any, state: DecodeState, stop: jax.Array, steps: jax.Array) -> DecodeState:
-        """Up to `steps` tokens for every row that is not done."""
-        rows = jnp.arange(state.tokens.shape[0])
-
-        def one(carry: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
-            step, s = carry
-            newest = s.tokens[rows, jnp.maximum(s.count - 1, 0)]
-            x = self._apply(params, "embed", newest[:, None])
-            logits, cache = self._apply(params, "decode", x, cache=s.cache, write_at=s.position)
-            token = sample(logits[:, 0], s.sampler, s.count)
-            going = ~s.done
-            count = s.count + going
-            return step + 1, s.replace(
-                cache=cache,
-                position=s.position + going,
-                tokens=s.tokens.at[rows, jnp.where(going, s.count, s.tokens.shape[1])].set(token, mode="drop"),
-                count=count,
-                done=s.done | jnp.isin(token, stop) | (count >= s.limit),
-            )
-
-        def more(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
-            return (carry[0] < steps) & ~carry[1].done.all()
-
-        return _spread(jax.lax.while_loop(more, one, (jnp.int32(0), state))[1])
-
-
-def _spread(state: DecodeState) -> DecodeState:
-    """Rows over the batch axes: whatever made a state, it is laid out in one way, so that one program takes it."""
-    rows = {name: constrain(getattr(state, name), "batch") for name in ("position", "count", "limit", "done")}
-    sampler = jax.tree.map(lambda x: constrain(x, "batch"), state.sampler)
-    return state.replace(tokens=constrain(state.tokens, "batch", None), sampler=sampler, **rows)

@@ -242,7 +242,7 @@ def test_compilations_are_bounded(tiny, compiled):
     images = engine.images
     assert images._encode._cache_size() <= counts
     assert images._fuse._cache_size() <= counts * lengths
-    assert engine._prefill._cache_size() <= 2 * lengths  # alone, and in batches
+    assert engine.programs.prefill._cache_size() <= 2 * lengths  # alone, and in batches
     # fuse and place by image count and length, text, prefill and decode by length, the rest by image count
     assert in_batches + alone <= 2 * counts * lengths + 4 * lengths + 3 * counts, (in_batches, alone)
     assert len(compiled) == before + in_batches + alone  # nothing is compiled twice
@@ -278,12 +278,64 @@ def test_a_new_picture_beside_known_ones_is_encoded_alone(tiny, monkeypatch):
     assert sizes == [1] * 5
 
 
-def test_batches_leave_room_for_the_answers(model):
+def test_groups_fit_the_memory(model):
     engine = model().engine
     short = [Request(prompt(i, 9, 0), sampling=Sampling(4)) for i in range(16)]
     long = [Request(prompt(i, 9, 0), sampling=Sampling(12000)) for i in range(16)]
-    assert [len(b) for b in engine._batches(short, 12)] == [12, 4]
-    assert max(map(len, engine._batches(long, 32))) == 2
+    assert [(g.rows, len(g.members)) for g in engine._groups(short, 12)] == [(12, 16)]
+    assert [(g.rows, len(g.members), g.length) for g in engine._groups(long, 32)] == [(8, 16, 3072)]
+    both = engine._groups(short + long, 12)
+    assert [len(g.members) for g in both] == [16, 16] and both[0].length < both[1].length
+    few = engine._groups(short[:3] + long[:3], 12)
+    assert [len(g.members) for g in few] == [6], "too few short ones to be worth a cache of their own"
+
+
+@pytest.mark.parametrize("mesh", [None, "data=2,fsdp=2,tensor=2"])
+def test_rows_leave_and_others_enter(tiny, monkeypatch, mesh):
+    """Short answers do not wait for long ones, and nobody sees who else was there."""
+    engine = lmm_jax.load(tiny("tiny"), mesh=mesh).engine
+    limits = [40, 3, 5, 2, 7, 3, 1, 4, 6, 2, 3, 5]
+    requests = [Request(prompt(i, 10 + i % 3, 0), sampling=Sampling(n, seed=i)) for i, n in enumerate(limits)]
+    steps, decode = [], engine.programs.decode
+
+    def counting(params, state, *told):
+        before = np.asarray(state.count)
+        state = decode(params, state, *told)
+        steps.append(int((np.asarray(state.count) - before).max()))
+        return state
+
+    monkeypatch.setattr(engine.programs, "decode", counting)
+    done = list(engine.as_completed(requests, (), batch_size=4))
+    assert sorted(i for i, _ in done) == list(range(12)) and all(len(tokens) == limits[i] for i, tokens in done)
+    assert sum(steps) == 39, "the longest answer is all that is waited for"
+    alone = lmm_jax.load(tiny("tiny")).engine
+    assert dict(done) == {i: alone.generate([r], ())[0] for i, r in enumerate(requests)}
+
+
+def test_a_cache_that_does_not_fit_is_made_smaller(model, monkeypatch):
+    engine = model().engine
+    requests = mixed_requests(engine.config, 9)
+    expected, sizes, decode = engine.generate(requests, STOP), [], engine.programs.decode
+
+    def failing(params, state, *told):
+        sizes.append(len(state.done))
+        if len(state.done) > 4:
+            jax.tree.map(lambda x: x.delete(), state)  # as a donated cache is lost
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return decode(params, state, *told)
+
+    monkeypatch.setattr(engine.programs, "decode", failing)
+    assert engine.generate(requests, STOP) == expected
+    assert max(sizes) > 4 and sizes[-1] <= 4
+
+    def broken(*_):
+        raise jax.errors.JaxRuntimeError("INTERNAL: the device has gone\nmore")
+
+    monkeypatch.setattr(engine.programs, "decode", broken)
+    with pytest.raises(UserError, match="the device has gone"):
+        engine.generate(requests, STOP)
+    monkeypatch.setattr(engine.programs, "decode", decode)
+    assert engine.generate(requests, STOP) == expected
 
 
 def test_bfloat16(assistant):

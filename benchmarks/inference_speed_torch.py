@@ -1,0 +1,90 @@
+"""The other side of benchmarks/inference_speed.py: the model of torch_model.py answers questions, one by one.
+
+For each line on stdin does what is named there and prints {"seconds": …, "tokens": […]}:
+
+    ask PICTURE QUESTION NEW      from uint8 pixels to so many tokens
+    video QUESTION NEW            the same of a video, whose frames go through as one batch
+    decode QUESTION NEW           as ask, of picture 0, but the seconds are those after the first token
+    mixed NEW                     all questions, each about its picture
+    peak                          {"bytes": most memory so far}
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch_model import IGNORE, LlavaMini, load_weights
+from transformers import DynamicCache
+
+
+class Twin:
+    """The model and what it is asked, from what the driver wrote into a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """Loads all of it."""
+        self.model = LlavaMini(json.loads((folder / "config.json").read_text())).eval()
+        load_weights(self.model, folder / "weights.npz")
+        with np.load(folder / "inputs.npz") as inputs:
+            self.pictures, self.video = torch.from_numpy(inputs["pictures"]), torch.from_numpy(inputs["video"])
+            self.questions = torch.from_numpy(inputs["questions"])
+
+    @torch.inference_mode()
+    def ask(self, pixels: Tensor, ids: Tensor, new: int) -> tuple[list[int], float]:
+        """pixels (n,H,W,3) uint8, ids (L,) -> tokens, when the first one was there."""
+        ids = ids[None]
+        text = self.model.embed_tokens(ids.clamp(min=0))
+        x, _ = self.model.place(text, ids, torch.full_like(ids, IGNORE), pixels[None])
+        cache, tokens, first = DynamicCache(), [], 0.0
+        for _ in range(new):
+            hidden = super(LlavaMini, self.model).forward(inputs_embeds=x, past_key_values=cache, use_cache=True)
+            token = self.model.lm_head(hidden.last_hidden_state[:, -1]).argmax(-1)
+            tokens.append(int(token))
+            first = first or time.perf_counter()
+            x = F.embedding(token[None], self.model.embed_tokens.weight)
+        return tokens, first
+
+    def run(self, what: str, *numbers: int) -> dict[str, Any]:
+        """What a line asks for."""
+        if what == "peak":
+            return {"bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+        start, *rest, new = time.perf_counter(), *numbers
+        if what == "mixed":
+            each = len(self.questions) // len(self.pictures)
+            tokens = [self.ask(self.pictures[q // each][None], ids, new)[0] for q, ids in enumerate(self.questions)]
+        elif what == "video":
+            tokens, _ = self.ask(self.video, self.questions[rest[0]], new)
+        else:
+            picture, question = (0, *rest) if what == "decode" else rest
+            tokens, first = self.ask(self.pictures[picture][None], self.questions[question], new)
+            start = first if what == "decode" else start
+        return {"seconds": time.perf_counter() - start, "tokens": tokens}
+
+
+def main() -> None:
+    """Answers the driver line by line; the first line on stdout tells the versions."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="written by inference_speed.py")
+    parser.add_argument("--threads", type=int, required=True, help="that work on one operation")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    import transformers
+
+    print(json.dumps({"torch": torch.__version__, "transformers": transformers.__version__}), flush=True)
+    twin = Twin(args.folder)
+    for line in sys.stdin:
+        what, *numbers = line.split()
+        print(json.dumps(twin.run(what, *map(int, numbers))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

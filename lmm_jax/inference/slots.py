@@ -1,0 +1,249 @@
+"""Rows that generate side by side: fixed slots of one key/value cache, which rows enter and leave between steps.
+
+    decoder input ─ prefill ─► keys, values, first token ─ insert ─► slots ─ decode … decode ─► tokens of finished rows
+
+Three jitted programs. A finished row's slot is free at once, so short and long answers share the device without waiting for
+each other. The cache is donated from program to program and lies in memory once.
+
+Axis letters: B slots, R rows that enter, T positions of a prompt, S positions of a slot, M new tokens, D width, L layers,
+K key/value heads, H their channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.sharding import Mesh, PartitionSpec
+
+from lmm_jax.inference.buckets import power_of_two
+from lmm_jax.inference.sampling import Sampler, Sampling, sample
+from lmm_jax.models.llama import KV, empty_cache
+from lmm_jax.models.llava_mini import LlavaMini
+from lmm_jax.sharding import batch_multiple, constrain, logical_spec
+
+_CACHE_AXES = {"stack": ("layers", "batch", "kv_heads", None, None), "last": ("batch", "kv_heads", None, None)}
+
+
+@struct.dataclass
+class State:
+    """All slots.
+
+    Attributes:
+      cache: keys and values, see `llama.empty_cache`.
+      position: (B,) int32, where each row's newest token is written next.
+      tokens: (B,M) int32, generated so far, the end token included.
+      count: (B,) int32, how many of them.
+      limit: (B,) int32, at most so many.
+      done: (B,) bool; a slot that is free is done.
+      sampler: settings of the rows.
+    """
+
+    cache: dict[str, KV]
+    position: jax.Array
+    tokens: jax.Array
+    count: jax.Array
+    limit: jax.Array
+    done: jax.Array
+    sampler: Sampler
+
+
+class Programs:
+    """What is compiled, once for every combination of sizes."""
+
+    def __init__(self, model: LlavaMini, mesh: Mesh) -> None:
+        """Compiles nothing yet."""
+        self.model, self.mesh, self._multiple = model, mesh, batch_multiple(mesh)
+        self.empty = jax.jit(self._empty, static_argnums=(0, 1, 2))
+        self.prefill = jax.jit(self._prefill)
+        self.insert = jax.jit(self._insert, donate_argnums=0)
+        self.decode = jax.jit(self._decode, donate_argnums=1)
+
+    def size(self, rows: int) -> int:
+        """Rows rounded up to a power of two for each part of the mesh that takes some."""
+        return self._multiple * power_of_two(-(-rows // self._multiple))
+
+    def _apply(self, params: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+        return self.model.apply({"params": params}, *args, method=method, **kwargs)
+
+    def _empty(self, rows: int, length: int, room: int) -> State:
+        cache = empty_cache(self.model.config.decoder, rows, length, self.model.dtype)
+        zeros = jnp.zeros(rows, jnp.int32)
+        sampler = jax.tree.map(jnp.asarray, Sampler.of([Sampling()] * rows))
+        return _spread(State(cache, zeros, jnp.zeros((rows, room), jnp.int32), zeros, zeros, zeros == 0, sampler))
+
+    def _prefill(self, params: Any, x: jax.Array, rows: jax.Array, lengths: jax.Array) -> tuple[dict[str, KV], jax.Array]:
+        """x (N,T,D), of which `rows` (R,) enter -> keys and values of R rows, logits (R,V) after `lengths` (R,) positions."""
+        x = constrain(x[rows], "batch", None, None)
+        cache = empty_cache(self.model.config.decoder, *x.shape[:2], self.model.dtype)
+        logits, cache = self._apply(params, "decode", x, cache=cache, queries=(lengths - 1)[:, None])
+        return cache, logits[:, 0]
+
+    def _insert(
+        self,
+        state: State,
+        new: dict[str, KV],
+        logits: jax.Array,
+        slots: jax.Array,
+        lengths: jax.Array,
+        limits: jax.Array,
+        sampler: Sampler,
+        stop: jax.Array,
+    ) -> State:
+        """Rows enter their `slots` (R,), with their first token; those whose slot is B are padding and enter nowhere."""
+        count = jnp.zeros(len(slots), jnp.int32)
+        token = sample(logits, sampler, count)
+        done = jnp.isin(token, stop) | (limits <= 1)
+
+        def put(old: jax.Array, entering: jax.Array) -> jax.Array:
+            return old.at[slots].set(entering, mode="drop")
+
+        cache = {name: tuple(self._copy(name, *pair, slots) for pair in zip(state.cache[name], new[name])) for name in new}
+        return _spread(
+            State(
+                cache,
+                put(state.position, lengths),
+                put(state.tokens, jnp.zeros((len(slots), state.tokens.shape[1]), jnp.int32).at[:, 0].set(token)),
+                put(state.count, count + 1),
+                put(state.limit, limits),
+                put(state.done, done),
+                jax.tree.map(put, state.sampler, sampler),
+            )
+        )
+
+    def _copy(self, name: str, cache: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
+        """Keys or values (…,R,K,T,H) into slots of (…,B,K,S,H), each on the devices that hold it; nothing else is touched."""
+        axes = _CACHE_AXES[name]
+        rows = axes.index("batch")
+        held = logical_spec(self.mesh, cache.shape, *axes)
+        entering = logical_spec(self.mesh, new.shape, *(None if a == "batch" else a for a in axes))
+        over = held[rows] or ()
+
+        def local(cache: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
+            here = cache.shape[rows]
+            where = slots - here * jax.lax.axis_index(over) if over else slots
+
+            def one(i: jax.Array, cache: jax.Array) -> jax.Array:
+                row = jax.lax.dynamic_slice_in_dim(new, i, 1, rows)
+                start = [jnp.int32(0)] * cache.ndim
+                start[rows] = jnp.clip(where[i], 0, here - 1)
+                old = jax.lax.dynamic_slice(cache, start, row.shape)
+                is_here = (where[i] >= 0) & (where[i] < here)
+                return jax.lax.dynamic_update_slice(cache, jnp.where(is_here, row, old), start)
+
+            return jax.lax.fori_loop(0, len(slots), one, cache)
+
+        if self.mesh.size == 1:
+            return local(cache, new, slots)
+        specs = (held, entering, PartitionSpec())
+        return jax.shard_map(local, mesh=self.mesh, in_specs=specs, out_specs=held, check_vma=False)(cache, new, slots)
+
+    def _decode(self, params: Any, state: State, stop: jax.Array, steps: jax.Array, enough: jax.Array) -> State:
+        """Up to `steps` tokens for every row that is not done, or until `enough` slots are free."""
+        rows = jnp.arange(state.tokens.shape[0])
+
+        def one(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
+            step, s = carry
+            newest = s.tokens[rows, jnp.maximum(s.count - 1, 0)]
+            x = self._apply(params, "embed", newest[:, None])
+            logits, cache = self._apply(params, "decode", x, cache=s.cache, write_at=s.position)
+            token = sample(logits[:, 0], s.sampler, s.count)
+            going = ~s.done
+            count = s.count + going
+            return step + 1, s.replace(
+                cache=cache,
+                position=s.position + going,
+                tokens=s.tokens.at[rows, jnp.where(going, s.count, s.tokens.shape[1])].set(token, mode="drop"),
+                count=count,
+                done=s.done | jnp.isin(token, stop) | (count >= s.limit),
+            )
+
+        def more(carry: tuple[jax.Array, State]) -> jax.Array:
+            return (carry[0] < steps) & (carry[1].done.sum() < enough)
+
+        return _spread(jax.lax.while_loop(more, one, (jnp.int32(0), state))[1])
+
+
+class Slots:
+    """The slots of one cache and who is in them."""
+
+    def __init__(self, programs: Programs, params: Any, rows: int, length: int, room: int, stop: np.ndarray) -> None:
+        """All slots are free.
+
+        Args:
+          programs: of the model.
+          params: of the model.
+          rows: how many at once; there may be more slots, see `Programs.size`.
+          length: positions of each (S), at least those of any prompt's bucket, and of any prompt with its answer.
+          room: new tokens (M), at least those of any answer.
+          stop: token ids that end an answer.
+        """
+        self._programs, self._params, self._stop = programs, params, stop
+        self._held: dict[int, Hashable] = {}  # slot -> who is in it
+        self._rows, self._size = rows, programs.size(rows)
+        with jax.set_mesh(programs.mesh):
+            self._state = programs.empty(self._size, length, room)
+
+    @property
+    def busy(self) -> int:
+        """Rows that have a slot."""
+        return len(self._held)
+
+    @property
+    def free(self) -> int:
+        """Rows that may enter."""
+        return self._rows - len(self._held)
+
+    def enter(self, x: jax.Array, rows: Sequence[tuple[Hashable, int, int, Sampling]]) -> None:
+        """Rows enter free slots and have their first token.
+
+        Args:
+          x: (N,T,D), decoder inputs padded right.
+          rows: of each that enters what `leave` calls it, its number in x, how many of its positions are real, and its
+            settings, whose max_new_tokens is at most the room, and 1 at least.
+        """
+        programs = self._programs
+        slots = [slot for slot in range(self._size) if slot not in self._held][: len(rows)]
+        self._held |= {slot: key for slot, (key, *_) in zip(slots, rows)}
+        padding = programs.size(len(rows)) - len(rows)
+        rows = [*rows, *[rows[0]] * padding]  # which enter a slot that is not there
+        slots += [self._size] * padding
+        _, index, lengths, settings = zip(*rows)
+        where, index, lengths = (np.array(of, np.int32) for of in (slots, index, lengths))
+        limits = np.array([s.max_new_tokens for s in settings], np.int32)
+        with jax.set_mesh(programs.mesh):
+            cache, logits = programs.prefill(self._params, x, index, lengths)
+            told = (where, lengths, limits, Sampler.of(list(settings)), self._stop)
+            self._state = programs.insert(self._state, cache, logits, *told)
+
+    def advance(self, steps: int, enough: int | None = None) -> None:
+        """Starts to generate up to `steps` tokens for each row, until `enough` rows may enter; None: until all are done."""
+        enough = self._size if enough is None else self._size - self._rows + min(enough, self._rows)
+        with jax.set_mesh(self._programs.mesh):
+            self._state = self._programs.decode(self._params, self._state, self._stop, np.int32(steps), np.int32(enough))
+
+    def leave(self) -> list[tuple[Hashable, list[int]]]:
+        """Finished rows with their tokens; their slots are free from now on. Waits for the device."""
+        done = np.asarray(self._state.done) if self._held else ()
+        finished = {slot: key for slot, key in self._held.items() if done[slot]}
+        if not finished:
+            return []
+        self._held = {slot: key for slot, key in self._held.items() if slot not in finished}
+        tokens, count = np.asarray(self._state.tokens), np.asarray(self._state.count)
+        return [(key, tokens[slot, : count[slot]].tolist()) for slot, key in finished.items()]
+
+    def tokens(self) -> dict[Hashable, list[int]]:
+        """What each row has generated so far. Waits for the device."""
+        tokens, count = np.asarray(self._state.tokens), np.asarray(self._state.count)
+        return {key: tokens[slot, : count[slot]].tolist() for slot, key in self._held.items()}
+
+
+def _spread(state: State) -> State:
+    """Rows over the batch axes: whatever made a state, it is laid out in one way, so that one program takes it."""
+    rows = {name: constrain(getattr(state, name), "batch") for name in ("position", "count", "limit", "done")}
+    sampler = jax.tree.map(lambda x: constrain(x, "batch"), state.sampler)
+    return state.replace(tokens=constrain(state.tokens, "batch", None), sampler=sampler, **rows)
