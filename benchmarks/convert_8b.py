@@ -12,19 +12,17 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
-import platform
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from machine import machine
 
 from conversion.hf_config import model_to_hf
 from conversion.names import table
@@ -78,18 +76,6 @@ def measure(command: str, src: Path, dst: Path) -> dict[str, float]:
     return {"seconds": round(seconds, 1), "peak_memory_gb": round(peak / 1e9, 2)}
 
 
-def machine() -> dict[str, object]:
-    """What the figures were taken on."""
-    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return {
-        "cpu": model[1] if model else platform.machine(),
-        "cores": os.cpu_count(),
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("numpy", "safetensors", "tensorstore")},
-    }
-
-
 def main() -> None:
     """Generates, converts there and back, records."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -104,7 +90,13 @@ def main() -> None:
         back = measure("to-hf", folder / "model", folder / "back")
     finally:
         shutil.rmtree(folder)
-    result = {"model": SIZE, "gigabytes": round(size / 1e9, 2), "from_hf": there, "to_hf": back, "machine": machine()}
+    result = {
+        "model": SIZE,
+        "gigabytes": round(size / 1e9, 2),
+        "from_hf": there,
+        "to_hf": back,
+        "machine": machine("numpy", "safetensors", "tensorstore"),
+    }
     result["date"] = datetime.date.today().isoformat()
     text = json.dumps(result, indent=2)
     RESULT.write_text(text + "\n")

@@ -11,11 +11,9 @@ import argparse
 import dataclasses
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import demo_accuracy  # noqa: E402
+from machine import machine  # noqa: E402
 
 import lmm_jax  # noqa: E402
 from configs import demo, demo_3_align, demo_6_mini  # noqa: E402
@@ -54,7 +53,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[], help="arms whose names hold one of these words")
     parser.add_argument("--images", type=int, default=1000, help="fresh pictures to measure with (1000)")
     args = parser.parse_args()
-    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"machine": machine(), "arms": []}
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"machine": machine("jax", "flax", "optax"), "arms": []}
     done = {(a["arm"], a["seed"], a["steps"]) for a in found["arms"]}
     for seed in args.seeds:
         for name, changes in ARMS.items():
@@ -132,12 +131,6 @@ def plot(arms: list[dict[str, Any]]) -> None:
     axes.grid(axis="x", alpha=0.3)
     figure.tight_layout()
     figure.savefig(ROOT / "docs" / "demo_claims.png", dpi=120)
-
-
-def machine() -> dict[str, str]:
-    """Where the figures come from."""
-    versions = {name: metadata.version(name) for name in ("jax", "flax", "optax")}
-    return {"python": platform.python_version(), "cores": str(os.cpu_count()), "processor": platform.machine(), **versions}
 
 
 if __name__ == "__main__":

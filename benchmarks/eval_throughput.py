@@ -12,19 +12,18 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import numpy as np
+from machine import machine
 
 import lmm_jax
 from lmm_jax.demo import world
@@ -73,9 +72,8 @@ def main() -> None:
     }
     print(markdown(figures))
     about = {"questions": len(records), "pictures": PICTURES, "batch_size": args.batch_size, "rounds": args.rounds}
-    machine = {"cores": len(os.sched_getaffinity(0)), "python": platform.python_version(), "jax": version("jax")}
-    machine |= {"device": jax.devices()[0].device_kind}
-    result = {"unit": "questions/s", **about, "figures": figures, "machine": machine, "date": str(datetime.date.today())}
+    where = machine("jax", "flax") | {"device": jax.devices()[0].device_kind}
+    result = {"unit": "questions/s", **about, "figures": figures, "machine": where, "date": str(datetime.date.today())}
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
 
 

@@ -32,8 +32,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+from machine import machine, threads  # noqa: E402
 from published import to_hf_names  # noqa: E402
-from twin import Theirs, machine, threads  # noqa: E402
+from twin import Theirs  # noqa: E402
 
 from lmm_jax import checkpoint, sharding  # noqa: E402
 from lmm_jax.config import IMAGE_TOKEN_ID, CompressorConfig, DecoderConfig, ModelConfig, VisionConfig  # noqa: E402
@@ -143,7 +144,7 @@ def main() -> None:
             figures["peak_bytes"] = peaks(name, folder, args.torch_python)
     print(markdown(found))
     result = {"rounds": args.rounds, "model": dataclasses.asdict(MODEL), "cases": found}
-    result |= {"machine": machine() | versions, "date": datetime.date.today().isoformat()}
+    result |= {"machine": machine("jax", "jaxlib", "flax") | versions, "date": datetime.date.today().isoformat()}
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
 
 

@@ -11,11 +11,10 @@ For each line on stdin does what is named there and prints {"seconds": …, "tok
 
 from __future__ import annotations
 
-import argparse
 import json
 import resource
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch_model import IGNORE, LlavaMini, load_weights
+from torch_model import IGNORE, LlavaMini, answer_lines, load_weights
 from transformers import DynamicCache
 
 
@@ -70,21 +69,11 @@ class Twin:
         return {"seconds": time.perf_counter() - start, "tokens": tokens}
 
 
-def main() -> None:
-    """Answers the driver line by line; the first line on stdout tells the versions."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="written by inference_speed.py")
-    parser.add_argument("--threads", type=int, required=True, help="that work on one operation")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    import transformers
-
-    print(json.dumps({"torch": torch.__version__, "transformers": transformers.__version__}), flush=True)
-    twin = Twin(args.folder)
-    for line in sys.stdin:
-        what, *numbers = line.split()
-        print(json.dumps(twin.run(what, *map(int, numbers))), flush=True)
+def start(folder: Path) -> Callable[[list[str]], dict[str, Any]]:
+    """The model is loaded at once."""
+    twin = Twin(folder)
+    return lambda words: twin.run(words[0], *map(int, words[1:]))
 
 
 if __name__ == "__main__":
-    main()
+    answer_lines(__doc__, start)

@@ -1,4 +1,4 @@
-"""What fewer bits do to answers: ``python benchmarks/quantization.py`` compares formats on the demo world.
+"""What fewer bits do to answers: ``python benchmarks/quantization.py --model DIR`` compares formats on the demo world.
 
 For each format: part of the questions answered right; mean Kullback-Leibler divergence of the first word's probabilities from
 float32's, in nats; part of the answers that are the same; bytes of all parameters.
@@ -19,6 +19,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import demo_accuracy
 import jax
 import numpy as np
+from machine import machine
 
 import lmm_jax
 from lmm_jax.data.conversation import render
@@ -39,7 +40,7 @@ SEED = 20261122
 def main() -> int:
     """Prints the table and writes the JSON beside this file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="a model folder (the demo model)")
+    parser.add_argument("--model", required=True, help="a model folder")
     parser.add_argument("--images", type=int, default=500, help="pictures (500)")
     args = parser.parse_args()
     found: dict[str, dict[str, float]] = {}
@@ -61,7 +62,7 @@ def main() -> int:
                 "bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(model.engine.params)),
             }
     print(table(found))
-    result = {"questions": len(lines), "seed": SEED, "jax": jax.__version__, "formats": found}
+    result = {"questions": len(lines), "seed": SEED, "formats": found, "machine": machine("jax", "flax")}
     Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
     return 0
 

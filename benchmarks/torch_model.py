@@ -11,12 +11,17 @@ T = L−1+n·V decoder positions, D width.
 
 from __future__ import annotations
 
+import argparse
+import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -155,3 +160,21 @@ def load_weights(model: LlavaMini, file: Path) -> None:
     with np.load(file) as weights:
         renamed = {name.replace(VISION, "model.vision_tower."): torch.from_numpy(w) for name, w in weights.items()}
     model.load_state_dict({name.removeprefix("model."): w for name, w in renamed.items()})
+
+
+def answer_lines(doc: str, start: Callable[[Path], Callable[[list[str]], dict[str, Any]]]) -> None:
+    """Answers a driver on stdin line by line, with one line of JSON each; the first line on stdout tells the versions.
+
+    Args:
+      doc: of the script, which is given a folder and --threads.
+      start: folder -> what answers the words of a line.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="written by the driver")
+    parser.add_argument("--threads", type=int, required=True, help="that work on one operation")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    print(json.dumps({"torch": torch.__version__, "transformers": transformers.__version__}), flush=True)
+    answer = start(args.folder)
+    for line in sys.stdin:
+        print(json.dumps(answer(line.split())), flush=True)

@@ -31,8 +31,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
+from machine import machine, threads  # noqa: E402
 from published import to_hf_names  # noqa: E402
-from twin import Theirs, machine, threads  # noqa: E402
+from twin import Theirs  # noqa: E402
 
 from configs import demo  # noqa: E402
 from configs.common import PROJECTOR, STAGE_2  # noqa: E402
@@ -186,7 +187,10 @@ def main() -> None:
         found[name][side] |= {what: round(rate, 2) for what, rate in rates.items()}
     print(markdown(found))
     result = {"unit": "samples/s", "rounds": args.rounds, "steps": args.steps, "cases": found}
-    result |= {"machine": machine("optax") | theirs.versions, "date": datetime.date.today().isoformat()}
+    result |= {
+        "machine": machine("jax", "jaxlib", "flax", "optax") | theirs.versions,
+        "date": datetime.date.today().isoformat(),
+    }
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
 
 

@@ -8,17 +8,17 @@ with fused AdamW.
 
 from __future__ import annotations
 
-import argparse
+import functools
 import json
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch_model import LlavaMini, load_weights
+from torch_model import LlavaMini, answer_lines, load_weights
 
 
 class Case:
@@ -54,23 +54,11 @@ class Case:
         return {"seconds": time.perf_counter() - start, "losses": [float(loss) for loss in losses]}
 
 
-def main() -> None:
-    """Answers the driver line by line; the first line on stdout tells the versions."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="written by train_speed.py")
-    parser.add_argument("--threads", type=int, required=True, help="that work on one operation")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    import transformers
-
-    print(json.dumps({"torch": torch.__version__, "transformers": transformers.__version__}), flush=True)
-    cases: dict[str, Case] = {}
-    for line in sys.stdin:
-        name, steps = line.split()
-        if name not in cases:
-            cases[name] = Case(args.folder / name)
-        print(json.dumps(cases[name].run(int(steps))), flush=True)
+def start(folder: Path) -> Callable[[list[str]], dict[str, Any]]:
+    """Cases are loaded when they are first asked for."""
+    case = functools.cache(lambda name: Case(folder / name))
+    return lambda words: case(words[0]).run(int(words[1]))
 
 
 if __name__ == "__main__":
-    main()
+    answer_lines(__doc__, start)

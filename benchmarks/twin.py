@@ -1,16 +1,14 @@
-"""The other side of a comparison of speed, and the machine that both are on."""
+"""The other side of a comparison of speed."""
 
 from __future__ import annotations
 
 import json
-import os
-import platform
-import re
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from machine import threads
 
 
 class Theirs:
@@ -37,19 +35,3 @@ class Theirs:
         """Ends it."""
         self._process.stdin.close()
         self._process.wait()
-
-
-def threads() -> int:
-    """Processors that both sides may use."""
-    return len(os.sched_getaffinity(0))
-
-
-def machine(*packages: str) -> dict[str, object]:
-    """What the figures were taken on, with versions of jax and of further packages."""
-    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return {
-        "cpu": model[1] if model else platform.machine(),
-        "cores": threads(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("jax", "jaxlib", "flax", *packages)},
-    }
