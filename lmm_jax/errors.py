@@ -1,4 +1,4 @@
-"""The error that is meant for the person at the keyboard."""
+"""Errors that are meant for the person at the keyboard."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,7 @@ class UserError(ValueError):
     The message is one sentence or two: what was given, what was expected, what to do. Command lines print it without a
     traceback and exit with status 2; Python callers may catch it as ``ValueError``.
     """
+
+
+class DeviceError(UserError):
+    """The device failed, not what it was asked: no question can be answered until the process starts again."""

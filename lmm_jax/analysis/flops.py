@@ -2,7 +2,7 @@
 
 The published program runs the encoder's last block though nothing reads it, every layer for all positions, and computes the
 logits of the whole prompt. Its figures count products with weights only (attention's own are left out) and are those of a
-prompt of `PUBLISHED_TEXT` tokens: with this number all five published totals come out, and with no other.
+prompt of `PUBLISHED_TEXT` tokens, the number at which all five published totals come out to within 0.01 TFLOPs.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from lmm_jax.data.frames import video_file
-from lmm_jax.errors import UserError
+from lmm_jax.errors import DeviceError, UserError
 from lmm_jax.evaluation.benchmark import Answered, Record
 from lmm_jax.evaluation.runs import Answers
 from lmm_jax.inference.assistant import Assistant, Conversation, Question, Video
@@ -71,7 +71,7 @@ def answer(assistant: Assistant, records: Sequence[Record], answers: Answers, as
       title: of the progress bar.
 
     Raises:
-      UserError: the answers so far cannot be read, or somebody else is answering this shard.
+      UserError: the answers so far cannot be read, somebody else is answering this shard, or the device failed.
     """
     own = shard_of(records, asking.shard, asking.shards)
     with answers.writer(asking.shard, asking.shards) as writer, ThreadPoolExecutor(asking.readers) as pool:
@@ -207,6 +207,8 @@ def _asked(assistant: Assistant, asked: _Asked, asking: Asking) -> Iterator[Answ
     try:
         for key, reply in _replies(assistant, asked, asking):
             yield Answered(left.pop(key)[0], reply)
+    except DeviceError:  # not the fault of any question
+        raise
     except UserError as error:
         if len(asked) == 1:
             yield Answered(*(record for record, _ in asked.values()), "", str(error))

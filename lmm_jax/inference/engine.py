@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,8 +24,8 @@ from jax.sharding import Mesh
 from lmm_jax import sharding
 from lmm_jax.config import ModelConfig
 from lmm_jax.data.layout import Layout, Row, check_row, decoder_length, fused_length, lay_out
-from lmm_jax.errors import UserError
-from lmm_jax.inference.buckets import length_bucket, power_of_two
+from lmm_jax.errors import DeviceError, UserError
+from lmm_jax.inference.buckets import length_bucket
 from lmm_jax.inference.images import ImageSide, Medium, count_images
 from lmm_jax.inference.sampling import Sampling
 from lmm_jax.inference.slots import Programs, Slots
@@ -127,24 +127,28 @@ class Engine:
                         done.add(i)
                         yield i, tokens
                 except jax.errors.JaxRuntimeError as error:  # the cache is lost with the program that it was given to
-                    if left.rows <= 1 or "RESOURCE_EXHAUSTED" not in str(error):
-                        raise UserError(f"the device failed: {str(error).splitlines()[0]}") from error
+                    if left.rows <= 1 or not _exhausted(error):
+                        raise _failed(error) from error
                     left = dataclasses.replace(left, rows=left.rows // 2)
                 left = dataclasses.replace(left, members=[i for i in left.members if i not in done])
 
     def stream(self, request: Request, stop_ids: Sequence[int]) -> Iterator[int]:
         """New tokens of one request as they come, up to and with the first of `stop_ids`."""
         (group,) = self._groups([request], 1)
-        stop, seen, steps = np.array(stop_ids, np.int32), 0, 1
-        slots = self._slots(group, stop)
-        self._enter(slots, [request], group, [0], *self._embed([request]))
-        while slots.busy:
-            ((_, tokens),) = slots.leave() or slots.tokens().items()
-            yield from tokens[seen:]
-            seen = len(tokens)
-            if slots.busy:
-                slots.advance(steps)
-                steps = min(2 * steps, STREAM_STEPS)
+        seen, steps = 0, 1
+        try:
+            slots = self._slots(group, np.array(stop_ids, np.int32))
+            x, layout = self._embed([request])
+            slots.enter(x, [self._row(0, request, group, 0, layout)])
+            while slots.busy:
+                ((_, tokens),) = slots.leave() or slots.tokens().items()
+                yield from tokens[seen:]
+                seen = len(tokens)
+                if slots.busy:
+                    slots.advance(steps)
+                    steps = min(2 * steps, STREAM_STEPS)
+        except jax.errors.JaxRuntimeError as error:
+            raise _failed(error) from error
 
     def logits(self, rows: Sequence[Row], media: Sequence[Sequence[Medium]]) -> tuple[np.ndarray, Layout]:
         """Next-token logits at every position of every row: (B,T,vocab) float32, with the layout that says what T holds."""
@@ -168,7 +172,7 @@ class Engine:
         """
         for row in rows:
             self._check(row)
-        batch = self._multiple * power_of_two(-(-len(rows) // self._multiple))
+        batch = self.programs.size(len(rows))
         longest = max(fused_length(r, self.config) for r in rows)
         fused = length_bucket(longest) if longest else 1
 
@@ -247,28 +251,18 @@ class Engine:
             yield from slots.leave()
             count = min(slots.free, len(ready) - entered)
             if count and (not slots.busy or slots.free >= max(1, group.rows // 4)):
-                self._enter(slots, requests, group, ready, *embedded, range(entered, entered + count))
+                x, layout = embedded
+                numbers = range(entered, entered + count)
+                slots.enter(x, [self._row(ready[n], requests[ready[n]], group, n, layout) for n in numbers])
                 entered += count
         if failed:
             raise failed
 
-    def _enter(
-        self,
-        slots: Slots,
-        requests: Sequence[Request],
-        group: _Group,
-        embedded: Sequence[int],
-        x: jax.Array,
-        layout: Layout,
-        chosen: Iterable[int] = (0,),
-    ) -> None:
-        """Of the members of a group that x (N,T,D) holds, the chosen ones enter."""
-        rows = []
-        for n in chosen:
-            request, length = requests[embedded[n]], int(layout.lengths[n])
-            limit = min(self._limit(request, length), group.room)
-            rows.append((embedded[n], n, length, dataclasses.replace(request.sampling, max_new_tokens=limit)))
-        slots.enter(x, rows)
+    def _row(self, key: int, request: Request, group: _Group, number: int, layout: Layout) -> tuple[int, int, int, Sampling]:
+        """What `Slots.enter` takes of a member of the group, which is the row of the layout with this number."""
+        length = int(layout.lengths[number])
+        limit = min(self._limit(request, length), group.room)
+        return key, number, length, dataclasses.replace(request.sampling, max_new_tokens=limit)
 
     def _embed(self, requests: Sequence[Request]) -> tuple[jax.Array, Layout]:
         return self.embed([r.row() for r in requests], [r.media for r in requests])
@@ -283,3 +277,16 @@ class Engine:
     ) -> jax.Array:
         fused = None if total is None else total / jnp.maximum(images, 1)[:, None, None]
         return self._apply(params, "place_text", ids, fused, fused_index)
+
+
+def _exhausted(error: jax.errors.JaxRuntimeError) -> bool:
+    return "RESOURCE_EXHAUSTED" in str(error)
+
+
+def _failed(error: jax.errors.JaxRuntimeError) -> UserError:
+    line = str(error).splitlines()[0]
+    if _exhausted(error):
+        return UserError(
+            f"the device's memory is too small for this: shorten the text, give fewer images or a lower --fps ({line})"
+        )
+    return DeviceError(f"the device failed: {line}")

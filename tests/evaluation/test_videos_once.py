@@ -11,7 +11,7 @@ from evaluation.silent_engine import Engine
 from support import GOLDEN
 
 from lmm_jax.config import named_sizes
-from lmm_jax.errors import UserError
+from lmm_jax.errors import DeviceError, UserError
 from lmm_jax.evaluation import runner, runs
 from lmm_jax.evaluation.benchmark import Benchmark, Record
 from lmm_jax.inference import assistant as inference
@@ -173,3 +173,17 @@ def test_a_batch_that_fails_is_halved_with_its_frames(clips, opened, monkeypatch
     seen, rows = ask(clips, tmp_path / "run", [("a.mp4", None)] * 4)
     assert opened == {"a.mp4": 1} and not any(row["fault"] for row in rows.values())
     assert [len(frames) for ((_, frames),) in seen.values()] == [SECONDS] * 4
+
+
+def test_a_device_that_fails_is_no_fault_of_the_questions(clips, opened, monkeypatch, tmp_path):
+    whole = Engine.as_completed
+
+    def failing(self, requests, stop_ids, batch_size):
+        yield from whole(self, requests[:1], stop_ids, batch_size)
+        raise DeviceError("the device failed: it has gone")
+
+    monkeypatch.setattr(Engine, "as_completed", failing)
+    with pytest.raises(DeviceError, match="it has gone"):
+        ask(clips, tmp_path / "run", [("a.mp4", None)] * 4)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "b" / "part.1of1.jsonl").read_text().splitlines()]
+    assert len(rows) == 1 and not rows[0]["fault"]  # the others are asked at the next start

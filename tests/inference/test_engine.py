@@ -10,7 +10,7 @@ from support import golden, relative_error
 
 import lmm_jax
 from lmm_jax.data.layout import Row
-from lmm_jax.errors import UserError
+from lmm_jax.errors import DeviceError, UserError
 from lmm_jax.inference.buckets import length_bucket, power_of_two
 from lmm_jax.inference.engine import Request
 from lmm_jax.inference.images import CHUNK
@@ -334,8 +334,18 @@ def test_a_cache_that_does_not_fit_is_made_smaller(model, monkeypatch):
         raise jax.errors.JaxRuntimeError("INTERNAL: the device has gone\nmore")
 
     monkeypatch.setattr(engine.programs, "decode", broken)
-    with pytest.raises(UserError, match="the device has gone"):
+    with pytest.raises(DeviceError, match="the device has gone"):
         engine.generate(requests, STOP)
+    with pytest.raises(DeviceError, match="the device has gone"):
+        list(engine.stream(requests[0], STOP))
+
+    def full(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(engine.programs, "decode", full)
+    with pytest.raises(UserError, match="memory is too small") as refused:
+        engine.generate(requests[:1], STOP)
+    assert not isinstance(refused.value, DeviceError)
     monkeypatch.setattr(engine.programs, "decode", decode)
     assert engine.generate(requests, STOP) == expected
 
