@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from lmm_jax.config import QUANTIZATIONS, TEMPLATES
+from lmm_jax.config import KV_CACHES, QUANTIZATIONS, TEMPLATES
 from lmm_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--mesh", metavar="SIZES", help="devices to use, as data=1,fsdp=8,tensor=1 (one device)")
     model.add_argument("--dtype", choices=("float32", "bfloat16"), help="of weights and arithmetic (by platform)")
     model.add_argument("--quantize", choices=QUANTIZATIONS, help="keep the decoder's weights in so many bits (no)")
+    model.add_argument("--kv-cache", choices=KV_CACHES, help="keep the decoder's keys and values so (as computed)")
     model.add_argument("--template", choices=TEMPLATES, help="prompt template (the model's own)")
     answer = parser.add_argument_group("answer")
     answer.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (512)")
@@ -124,7 +125,7 @@ def _load(args: argparse.Namespace) -> Assistant:
     from lmm_jax.inference.sampling import Sampling
 
     Sampling(**_sampling(args))
-    return load(args.model, mesh=args.mesh, dtype=args.dtype, quantize=args.quantize)
+    return load(args.model, mesh=args.mesh, dtype=args.dtype, quantize=args.quantize, kv_cache=args.kv_cache)
 
 
 def _ask(args: argparse.Namespace) -> None:

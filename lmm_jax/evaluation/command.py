@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmm_jax.config import QUANTIZATIONS, TEMPLATES
+from lmm_jax.config import KV_CACHES, QUANTIZATIONS, TEMPLATES
 from lmm_jax.demo import MODEL
 from lmm_jax.errors import UserError
 from lmm_jax.evaluation import registry, report, report_html, results, runs, wording
@@ -232,7 +232,7 @@ def _load(args: argparse.Namespace) -> Assistant:
         from lmm_jax.sharding import make_mesh
 
         mesh = make_mesh(args.mesh, jax.local_devices())
-    return load(args.model, mesh=mesh, dtype=args.dtype, quantize=args.quantize)
+    return load(args.model, mesh=mesh, dtype=args.dtype, quantize=args.quantize, kv_cache=args.kv_cache)
 
 
 def _settings(args: argparse.Namespace, assistant: Assistant) -> dict[str, Any]:
@@ -249,6 +249,7 @@ def _settings(args: argparse.Namespace, assistant: Assistant) -> dict[str, Any]:
         "template": args.template or assistant.config.template,
         "dtype": str(assistant.engine.dtype),
         "quantize": args.quantize,
+        "kv_cache": args.kv_cache,
     }
 
 
@@ -334,6 +335,7 @@ def add_parser(commands: Any) -> None:
     one.add_argument("--mesh", metavar="SIZES", help="devices of this host, as data=1,fsdp=8,tensor=1 (one device)")
     one.add_argument("--dtype", choices=("float32", "bfloat16"), help="of weights and arithmetic (by platform)")
     one.add_argument("--quantize", choices=QUANTIZATIONS, help="keep the decoder's weights in so many bits (no)")
+    one.add_argument("--kv-cache", choices=KV_CACHES, help="keep the decoder's keys and values so (as computed)")
     one.add_argument("--template", choices=TEMPLATES, help="prompt template (the model's own)")
     one.add_argument("--batch-size", type=int, default=32, metavar="N", help="questions at once (32)")
     one.add_argument("--max-new-tokens", type=int, metavar="N", help="longest reply (the benchmark's)")

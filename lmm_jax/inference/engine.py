@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ from lmm_jax.inference.buckets import length_bucket
 from lmm_jax.inference.images import ImageSide, Medium, count_images
 from lmm_jax.inference.sampling import Sampling
 from lmm_jax.inference.slots import Programs, Slots
+from lmm_jax.models.kv_cache import position_bytes
 from lmm_jax.models.llava_mini import LlavaMini
 from lmm_jax.models.loss import next_token_loss
 
@@ -36,6 +37,7 @@ MAX_BATCH = 32  # rows, where nothing else is asked for
 MAX_POSITIONS = 32768  # rows × positions of one batch on a device, the room for answers included
 CACHE_BYTES = 4 * 2**30  # keys and values of so many positions at most
 STREAM_STEPS = 8  # tokens between two looks at a stream, once it runs
+YIELD_STEPS = 8  # tokens that rows generate between two chunks of a long video that is encoded meanwhile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Engine:
         *,
         dtype: Any,
         attention: str = "auto",
+        kv_cache: str | None = None,
         prefix_cache_bytes: int = 512 * 2**20,
     ) -> None:
         """Takes parameters already on the mesh; compiles nothing yet.
@@ -87,8 +90,9 @@ class Engine:
           config: sizes.
           params: nested dict as `abstract_params` describes.
           mesh: from `sharding.make_mesh`.
-          dtype: of arithmetic and of the key/value cache.
+          dtype: of arithmetic.
           attention: kernel, see `models.attention`.
+          kv_cache: what keys and values are kept in, see `models.kv_cache`; by default as they are computed.
           prefix_cache_bytes: device memory for image prefixes.
         """
         self.config, self.params, self.mesh, self.dtype = config, params, mesh, jnp.dtype(dtype)
@@ -99,7 +103,7 @@ class Engine:
         self._place_vision = jax.jit(
             lambda x, tokens, index: self._apply({}, "place_vision", x, rearrange(tokens, "n v d -> 1 (n v) d"), index)
         )
-        self.programs = Programs(self._model, mesh)
+        self.programs = Programs(self._model, mesh, kv_cache or dtype)
         self._all_logits = jax.jit(lambda params, x: self._apply(params, "decode", x)[0])
         self._loss = jax.jit(lambda params, x, labels: next_token_loss(self._apply(params, "decode", x)[0], labels))
 
@@ -164,10 +168,13 @@ class Engine:
             total, count = self._loss(self.params, x, layout.labels)
         return float(total), float(count)
 
-    def embed(self, rows: Sequence[Row], media: Sequence[Sequence[Medium]]) -> tuple[jax.Array, Layout]:
+    def embed(
+        self, rows: Sequence[Row], media: Sequence[Sequence[Medium]], between: Callable[[], None] = lambda: None
+    ) -> tuple[jax.Array, Layout]:
         """The decoder's input (B,T,D), rows and lengths padded to buckets, and its layout.
 
         `media` holds, per row, what its placeholders stand for. A video that ends early takes the room of its real frames.
+        Where images come in several chunks, `between` is called between them.
         Raises UserError where the model's context cannot hold a row.
         """
         for row in rows:
@@ -182,7 +189,7 @@ class Engine:
 
         layout = arrange(rows)
         with jax.set_mesh(self.mesh):
-            total, tokens, counts = self.images.take(self.params, layout, media)
+            total, tokens, counts = self.images.take(self.params, layout, media, between)
             real = [dataclasses.replace(r, images=tuple(c)) for r, c in zip(rows, counts)]
             if any(a.images != b.images for a, b in zip(rows, real)):
                 layout = arrange(real)
@@ -208,8 +215,8 @@ class Engine:
         prompts = [self._check(r.row(), new=1) for r in requests]
         limits = [self._limit(r, n) for r, n in zip(requests, prompts)]
         sizes = [length_bucket(length_bucket(n) + length_bucket(limit)) for n, limit in zip(prompts, limits)]
-        d, m = self.config.decoder, self._multiple
-        room = m * min(MAX_POSITIONS, CACHE_BYTES // (2 * d.num_layers * d.num_kv_heads * d.head_dim * self.dtype.itemsize))
+        each = position_bytes(self.config.decoder, self.programs.cache_dtype)
+        room = self._multiple * min(MAX_POSITIONS, CACHE_BYTES // each)
         groups: list[list[int]] = []
         for i in sorted(range(len(requests)), key=lambda i: sizes[i]):
             if not groups or (sizes[i] > 4 * sizes[groups[-1][0]] and len(groups[-1]) >= most):
@@ -233,7 +240,10 @@ class Engine:
         return Slots(self.programs, self.params, group.rows, group.length, group.room, stop)
 
     def _run(self, requests: Sequence[Request], group: _Group, stop: np.ndarray) -> Iterator[tuple[int, list[int]]]:
-        """Generates the rows of a group; the decoder input of those that come next is made while the device generates."""
+        """Generates the rows of a group; the decoder input of those that come next is made while the device generates.
+
+        A long video among them does not hold up the others: between its chunks they generate some tokens.
+        """
         slots, waiting, failed = self._slots(group, stop), collections.deque(group.members), None
         ready: list[int] = []  # embedded, in this order, of which those from `entered` on have not entered
         entered = 0
@@ -244,7 +254,7 @@ class Engine:
             if waiting and entered == len(ready):
                 ready, entered = [waiting.popleft() for _ in range(min(group.rows, len(waiting)))], 0
                 try:
-                    embedded = self._embed([requests[i] for i in ready])
+                    embedded = self._embed([requests[i] for i in ready], lambda: slots.advance(YIELD_STEPS))
                 except UserError as error:  # of those that generate none is lost
                     failed, ready = error, []
                     waiting.clear()
@@ -264,8 +274,8 @@ class Engine:
         limit = min(self._limit(request, length), group.room)
         return key, number, length, dataclasses.replace(request.sampling, max_new_tokens=limit)
 
-    def _embed(self, requests: Sequence[Request]) -> tuple[jax.Array, Layout]:
-        return self.embed([r.row() for r in requests], [r.media for r in requests])
+    def _embed(self, requests: Sequence[Request], between: Callable[[], None] = lambda: None) -> tuple[jax.Array, Layout]:
+        return self.embed([r.row() for r in requests], [r.media for r in requests], between)
 
     # ---- the programs ---------------------------------------------------------------------------------------------
 

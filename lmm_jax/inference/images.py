@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -57,9 +57,9 @@ class ImageSide:
         self._join = jax.jit(_join_prefixes)
 
     def take(
-        self, params: Any, layout: Layout, media: Sequence[Sequence[Medium]]
+        self, params: Any, layout: Layout, media: Sequence[Sequence[Medium]], between: Callable[[], None] = lambda: None
     ) -> tuple[jax.Array | None, jax.Array | None, list[list[int]]]:
-        """Encodes and fuses all images, chunk by chunk.
+        """Encodes and fuses all images, chunk by chunk; calls `between` before each chunk but the first.
 
         Returns:
           Sum of each row's fused texts (B,I,D) float32, None without pre-fusion layers; vision tokens of all images in order
@@ -77,6 +77,8 @@ class ImageSide:
             total = self._zeros((*layout.fused_ids.shape, c.decoder.hidden_size), jnp.float32, "batch")
         in_flight: collections.deque[jax.Array] = collections.deque()
         for number, chunk in enumerate(_chunks(_flow(media, counts, self.kept), self._chunk)):
+            if number:
+                between()
             size = m * power_of_two(-(-len(chunk) // m))  # of the last one: as few as there are
             rows = np.full(size, len(layout.ids), np.int32)  # past the last row: dropped
             rows[: len(chunk)] = [item.row for item in chunk]

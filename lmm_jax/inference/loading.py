@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lmm_jax import checkpoint, sharding
-from lmm_jax.config import QUANTIZATIONS
+from lmm_jax.config import KV_CACHES, QUANTIZATIONS
 from lmm_jax.errors import UserError
 from lmm_jax.inference.assistant import Assistant
 from lmm_jax.inference.engine import Engine
@@ -28,6 +28,7 @@ def load(
     mesh: Mesh | str | None = None,
     dtype: str | None = None,
     quantize: str | None = None,
+    kv_cache: str | None = None,
     attention: str = "auto",
     prefix_cache_bytes: int = 512 * 2**20,
 ) -> Assistant:
@@ -38,12 +39,13 @@ def load(
       mesh: of `sharding.make_mesh`, or its text form ``"data=1,fsdp=8,tensor=1"``; None is one device.
       dtype: of weights and arithmetic, "float32" or "bfloat16"; None is bfloat16 on TPU and GPU, float32 on CPU.
       quantize: "int8" or "int4" keeps the decoder's weights in so many bits, see `models.quantization`.
+      kv_cache: "int8" keeps the decoder's keys and values in 8 bits, see `models.kv_cache`.
       attention: kernel, one of `models.attention.IMPLEMENTATIONS`.
       prefix_cache_bytes: device memory for pictures that may be asked about again.
 
     Raises:
       UserError: no model folder, not converted yet, damaged; a mesh that does not fit the devices; an unknown dtype,
-        quantisation or kernel.
+        quantisation, cache or kernel.
     """
     if attention not in IMPLEMENTATIONS:
         raise UserError(f"there is no attention {attention!r}: choose one of {', '.join(IMPLEMENTATIONS)}")
@@ -51,13 +53,16 @@ def load(
         raise UserError(f"a model cannot compute in {dtype!r}: choose one of {', '.join(DTYPES)}")
     if quantize is not None and quantize not in QUANTIZATIONS:
         raise UserError(f"weights cannot be quantised to {quantize!r}: choose one of {', '.join(QUANTIZATIONS)}")
+    if kv_cache is not None and kv_cache not in KV_CACHES:
+        raise UserError(f"keys and values cannot be kept in {kv_cache!r}: choose one of {', '.join(KV_CACHES)}")
     config = checkpoint.read_config(Path(folder))
     mesh = mesh if isinstance(mesh, Mesh) else sharding.make_mesh(mesh)
     use_compilation_cache()
     dtype = jnp.dtype(dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16))
     each = functools.partial(quantization.quantize_leaf, kind=quantize) if quantize else None
     params = checkpoint.load_params(Path(folder), abstract_params(config, mesh, dtype), each=each)
-    engine = Engine(config, params, mesh, dtype=dtype, attention=attention, prefix_cache_bytes=prefix_cache_bytes)
+    settings = {"attention": attention, "kv_cache": kv_cache, "prefix_cache_bytes": prefix_cache_bytes}
+    engine = Engine(config, params, mesh, dtype=dtype, **settings)
     return Assistant(Path(folder), config, engine)
 
 

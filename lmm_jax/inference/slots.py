@@ -11,6 +11,7 @@ K key/value heads, H their channels.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -22,11 +23,10 @@ from jax.sharding import Mesh, PartitionSpec
 
 from lmm_jax.inference.buckets import power_of_two
 from lmm_jax.inference.sampling import Sampler, Sampling, sample
-from lmm_jax.models.llama import KV, empty_cache
+from lmm_jax.models import kv_cache
+from lmm_jax.models.kv_cache import Cache
 from lmm_jax.models.llava_mini import LlavaMini
 from lmm_jax.sharding import batch_multiple, constrain, logical_spec
-
-_CACHE_AXES = {"stack": ("layers", "batch", "kv_heads", None, None), "last": ("batch", "kv_heads", None, None)}
 
 
 @struct.dataclass
@@ -34,7 +34,7 @@ class State:
     """All slots.
 
     Attributes:
-      cache: keys and values, see `llama.empty_cache`.
+      cache: keys and values, see `kv_cache`.
       position: (B,) int32, where each row's newest token is written next.
       tokens: (B,M) int32, generated so far, the end token included.
       count: (B,) int32, how many of them.
@@ -43,7 +43,7 @@ class State:
       sampler: settings of the rows.
     """
 
-    cache: dict[str, KV]
+    cache: dict[str, Cache]
     position: jax.Array
     tokens: jax.Array
     count: jax.Array
@@ -55,9 +55,10 @@ class State:
 class Programs:
     """What is compiled, once for every combination of sizes."""
 
-    def __init__(self, model: LlavaMini, mesh: Mesh) -> None:
+    def __init__(self, model: LlavaMini, mesh: Mesh, cache_dtype: Any) -> None:
         """Compiles nothing yet."""
         self.model, self.mesh, self._multiple = model, mesh, batch_multiple(mesh)
+        self.cache_dtype = jnp.dtype(cache_dtype)
         self.empty = jax.jit(self._empty, static_argnums=(0, 1, 2))
         self.prefill = jax.jit(self._prefill)
         self.insert = jax.jit(self._insert, donate_argnums=0)
@@ -71,22 +72,22 @@ class Programs:
         return self.model.apply({"params": params}, *args, method=method, **kwargs)
 
     def _empty(self, rows: int, length: int, room: int) -> State:
-        cache = empty_cache(self.model.config.decoder, rows, length, self.model.dtype)
+        cache = kv_cache.empty(self.model.config.decoder, rows, length, self.cache_dtype)
         zeros = jnp.zeros(rows, jnp.int32)
         sampler = jax.tree.map(jnp.asarray, Sampler.of([Sampling()] * rows))
         return _spread(State(cache, zeros, jnp.zeros((rows, room), jnp.int32), zeros, zeros, zeros == 0, sampler))
 
-    def _prefill(self, params: Any, x: jax.Array, rows: jax.Array, lengths: jax.Array) -> tuple[dict[str, KV], jax.Array]:
+    def _prefill(self, params: Any, x: jax.Array, rows: jax.Array, lengths: jax.Array) -> tuple[dict[str, Cache], jax.Array]:
         """x (N,T,D), of which `rows` (R,) enter -> keys and values of R rows, logits (R,V) after `lengths` (R,) positions."""
         x = constrain(x[rows], "batch", None, None)
-        cache = empty_cache(self.model.config.decoder, *x.shape[:2], self.model.dtype)
+        cache = kv_cache.empty(self.model.config.decoder, *x.shape[:2], self.cache_dtype)
         logits, cache = self._apply(params, "decode", x, cache=cache, queries=(lengths - 1)[:, None])
         return cache, logits[:, 0]
 
     def _insert(
         self,
         state: State,
-        new: dict[str, KV],
+        new: dict[str, Cache],
         logits: jax.Array,
         slots: jax.Array,
         lengths: jax.Array,
@@ -102,7 +103,7 @@ class Programs:
         def put(old: jax.Array, entering: jax.Array) -> jax.Array:
             return old.at[slots].set(entering, mode="drop")
 
-        cache = {name: tuple(self._copy(name, *pair, slots) for pair in zip(state.cache[name], new[name])) for name in new}
+        cache = {name: jax.tree.map(functools.partial(self._copy, name, slots), state.cache[name], new[name]) for name in new}
         return _spread(
             State(
                 cache,
@@ -115,9 +116,9 @@ class Programs:
             )
         )
 
-    def _copy(self, name: str, cache: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
-        """Keys or values (…,R,K,T,H) into slots of (…,B,K,S,H), each on the devices that hold it; nothing else is touched."""
-        axes = _CACHE_AXES[name]
+    def _copy(self, name: str, slots: jax.Array, cache: jax.Array, new: jax.Array) -> jax.Array:
+        """A leaf (…,R,K,T,…) into slots of (…,B,K,S,…), on the devices that hold each; nothing else is touched."""
+        axes = (kv_cache.STACK_AXES if name == "stack" else kv_cache.LAST_AXES)[: cache.ndim]
         rows = axes.index("batch")
         held = logical_spec(self.mesh, cache.shape, *axes)
         entering = logical_spec(self.mesh, new.shape, *(None if a == "batch" else a for a in axes))
@@ -221,7 +222,12 @@ class Slots:
             self._state = programs.insert(self._state, cache, logits, *told)
 
     def advance(self, steps: int, enough: int | None = None) -> None:
-        """Starts to generate up to `steps` tokens for each row, until `enough` rows may enter; None: until all are done."""
+        """Starts to generate up to `steps` tokens for each row, until `enough` rows may enter; None: until all are done.
+
+        Does not wait for the device, and does nothing where no row has a slot.
+        """
+        if not self._held:
+            return
         enough = self._size if enough is None else self._size - self._rows + min(enough, self._rows)
         with jax.set_mesh(self._programs.mesh):
             self._state = self._programs.decode(self._params, self._state, self._stop, np.int32(steps), np.int32(enough))

@@ -75,24 +75,6 @@ def attend(
     return _plain(q, k, v, mask)
 
 
-def attend_cached(q: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array) -> jax.Array:
-    """A decode step: one query per row against its cache, no copy of which is made.
-
-    Args:
-      q: (B,1,N,H). k, v: (B,K,S,H).
-      position: (B,) int32; row b sees the keys up to position[b].
-
-    Returns:
-      (B,1,N,H), dtype of q.
-    """
-    grouped = rearrange(q[:, 0], "b (k g) h -> b k g h", k=k.shape[1])
-    scores = jnp.einsum("bkgh,bksh->bkgs", grouped, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    seen = jnp.arange(k.shape[2]) <= position[:, None, None, None]
-    weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(jnp.float32).min), axis=-1)
-    out = jnp.einsum("bkgs,bksh->bkgh", weights.astype(v.dtype), v)
-    return rearrange(out, "b k g h -> b 1 (k g) h").astype(q.dtype)
-
-
 def _choose(wanted: str, q: jax.Array, k: jax.Array, causal: bool, mask: jax.Array | None) -> str:
     """The implementation that runs."""
     many = q.shape[1] * k.shape[1] >= MANY

@@ -18,11 +18,12 @@ from flax import linen as nn
 from flax import struct
 
 from lmm_jax.config import DecoderConfig
-from lmm_jax.models import layers
-from lmm_jax.models.attention import attend, attend_cached
+from lmm_jax.models import kv_cache, layers
+from lmm_jax.models.attention import attend
+from lmm_jax.models.kv_cache import Cache
 from lmm_jax.sharding import constrain
 
-KV = tuple[jax.Array, jax.Array]  # keys and values, each (B,S,K,H); of a cache (B,K,S,H), as decoding reads it
+KV = tuple[jax.Array, jax.Array]  # keys and values, each (B,S,K,H)
 
 
 @struct.dataclass
@@ -60,14 +61,14 @@ class Attention(nn.Module):
         self.o_proj = layers.Proj((c.num_heads, c.head_dim), (c.hidden_size,), gain=layers.residual_gain(c.num_layers))
 
     def __call__(
-        self, x: jax.Array, prefix: KV | None, cache: KV | None, layer: jax.Array | None, step: Step
-    ) -> tuple[jax.Array, KV, KV | None]:
+        self, x: jax.Array, prefix: KV | None, cache: Cache | None, layer: jax.Array | None, step: Step
+    ) -> tuple[jax.Array, KV, Cache | None]:
         """x (B,T,D) -> output (B,T or Q,D), this call's keys and values (B,T,K,H), the updated cache.
 
         Args:
           x: normalised input.
           prefix: keys and values before x, visible to all of it.
-          cache: (B,K,S,H) twice, or (L,B,K,S,H) twice with `layer` () int32 saying which.
+          cache: see `kv_cache`; of stacked layers `layer` () int32 says which.
           layer: index into a stacked cache.
           step: what all layers share.
         """
@@ -81,36 +82,15 @@ class Attention(nn.Module):
         k, v = (constrain(t, "batch", None, "kv_heads", None) for t in (k, v))
         new, mask, causal = (k, v), step.mask, step.mask is None
         if cache is not None:
-            cache = _write(cache, new, layer, step.write_at)
+            cache = kv_cache.write(cache, new, layer, step.write_at)
         if step.write_at is not None:
-            k, v = cache if layer is None else (t[layer] for t in cache)
-            return self.o_proj(attend_cached(q, k, v, step.write_at)), new, cache
+            return self.o_proj(kv_cache.attend(q, kv_cache.of_layer(cache, layer), step.write_at)), new, cache
         if step.queries is not None:
             mask, causal = jnp.arange(x.shape[1]) <= step.queries[..., None], False
         elif prefix is not None:
             k, v = (jnp.concatenate(pair, axis=1) for pair in zip(prefix, new))
         out = attend(q, k, v, causal=causal, mask=mask, implementation=step.implementation)
         return self.o_proj(out), new, cache
-
-
-def _write(cache: KV, new: KV, layer: jax.Array | None, write_at: jax.Array | None) -> KV:
-    """New keys and values (B,T,K,H) at the start of the cache, or one token (B,1,K,H) at `write_at` (B,)."""
-    new = tuple(n.astype(c.dtype).swapaxes(1, 2) for c, n in zip(cache, new))
-    if write_at is None:
-        start = (0,) * 4 if layer is None else (layer, 0, 0, 0, 0)
-        return tuple(jax.lax.dynamic_update_slice(c, n if layer is None else n[None], start) for c, n in zip(cache, new))
-    rows = jnp.arange(len(write_at))
-    where = (rows, slice(None), write_at) if layer is None else (layer, rows, slice(None), write_at)
-    return tuple(_scatter(c, where, n[:, :, 0]) for c, n in zip(cache, new))
-
-
-def _scatter(cache: jax.Array, where: tuple, new: jax.Array) -> jax.Array:
-    """cache[where] = new, in place; what lies outside is dropped: a row that is done may write past its end."""
-    if cache.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
-        # XLA has no such scatter there and would convert the whole cache to float32 and back: move bits instead
-        bits = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (cache, new))
-        return jax.lax.bitcast_convert_type(_scatter(next(bits), where, next(bits)), jnp.bfloat16)
-    return cache.at[where].set(new, mode="drop")
 
 
 class DecoderLayer(nn.Module):
@@ -159,8 +139,8 @@ class LayerStack(nn.Module):
         self.last = layer(self.config)
 
     def __call__(
-        self, x: jax.Array, step: Step, *, prefix: dict[str, KV] | None = None, cache: dict[str, KV] | None = None
-    ) -> tuple[jax.Array, dict[str, KV | None], dict[str, KV] | None]:
+        self, x: jax.Array, step: Step, *, prefix: dict[str, KV] | None = None, cache: dict[str, Cache] | None = None
+    ) -> tuple[jax.Array, dict[str, KV | None], dict[str, Cache] | None]:
         """Runs all layers; `step.queries` applies to the last one only.
 
         Args:
@@ -179,14 +159,3 @@ class LayerStack(nn.Module):
             (x, cache["stack"]), kept["stack"] = self.stack((x, cache.get("stack")), inputs, step.replace(queries=None))
         (x, cache["last"]), kept["last"] = self.last((x, cache.get("last")), (None, prefix.get("last")), step)
         return x, kept, cache
-
-
-def empty_cache(config: DecoderConfig, batch: int, length: int, dtype: jnp.dtype) -> dict[str, KV]:
-    """Zeroed keys and values for `batch` rows of `length` positions: (L−1,B,K,S,H) twice and (B,K,S,H) twice."""
-    shape = (batch, config.num_kv_heads, length, config.head_dim)
-    last = tuple(constrain(jnp.zeros(shape, dtype), "batch", "kv_heads", None, None) for _ in range(2))
-    if config.num_layers == 1:
-        return {"last": last}
-    shape = (config.num_layers - 1, *shape)
-    stack = tuple(constrain(jnp.zeros(shape, dtype), "layers", "batch", "kv_heads", None, None) for _ in range(2))
-    return {"stack": stack, "last": last}

@@ -27,6 +27,7 @@ from lmm_jax import sharding
 from lmm_jax.config import ModelConfig
 from lmm_jax.models import clip_vit, layers, prefusion
 from lmm_jax.models.compressor import Compressor
+from lmm_jax.models.kv_cache import Cache
 from lmm_jax.models.llama import KV, LayerStack, Step
 from lmm_jax.models.projector import Projector
 from lmm_jax.sharding import constrain
@@ -175,10 +176,10 @@ class LlavaMini(nn.Module):
         self,
         x: jax.Array,
         *,
-        cache: dict[str, KV] | None = None,
+        cache: dict[str, Cache] | None = None,
         write_at: jax.Array | None = None,
         queries: jax.Array | None = None,
-    ) -> tuple[jax.Array, dict[str, KV] | None]:
+    ) -> tuple[jax.Array, dict[str, Cache] | None]:
         """Decoder layers, final norm and head: `logits` of what `hidden` gives."""
         x, cache = self.hidden(x, cache=cache, write_at=write_at, queries=queries)
         return self.logits(x), cache
@@ -187,15 +188,15 @@ class LlavaMini(nn.Module):
         self,
         x: jax.Array,
         *,
-        cache: dict[str, KV] | None = None,
+        cache: dict[str, Cache] | None = None,
         write_at: jax.Array | None = None,
         queries: jax.Array | None = None,
-    ) -> tuple[jax.Array, dict[str, KV] | None]:
+    ) -> tuple[jax.Array, dict[str, Cache] | None]:
         """Decoder layers and final norm.
 
         Args:
           x: (B,T,D), each row padded right; or (B,1,D) in a decode step.
-          cache: keys and values to fill, see `llama.empty_cache`.
+          cache: keys and values to fill, see `kv_cache`.
           write_at: (B,) int32, in a decode step the position of the new token.
           queries: (B,Q) int32, ascending: the positions of each row that are wanted; None for all.
 

@@ -90,9 +90,9 @@ def test_as_the_compiler_counts(config, images):
 def test_a_token_costs_as_the_compiler_counts():
     length, d = 64, MINI.decoder
     model, params = LlavaMini(MINI, attention="plain"), abstract_params(MINI, make_mesh())
-    from lmm_jax.models.llama import empty_cache
+    from lmm_jax.models import kv_cache
 
-    cache = jax.eval_shape(lambda: empty_cache(d, 1, length, jnp.float32))
+    cache = jax.eval_shape(lambda: kv_cache.empty(d, 1, length, jnp.float32))
     x, at = jax.ShapeDtypeStruct((1, 1, d.hidden_size), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
     step = jax.jit(lambda p, x, c, at: model.apply({"params": p}, x, cache=c, write_at=at, method="decode"))
     counted = flops.totals(flops.token(MINI, length), attention=True)["total"]

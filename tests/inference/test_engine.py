@@ -12,7 +12,7 @@ import lmm_jax
 from lmm_jax.data.layout import Row
 from lmm_jax.errors import DeviceError, UserError
 from lmm_jax.inference.buckets import length_bucket, power_of_two
-from lmm_jax.inference.engine import Request
+from lmm_jax.inference.engine import YIELD_STEPS, Request
 from lmm_jax.inference.images import CHUNK
 from lmm_jax.inference.sampling import Sampler, Sampling, sample
 from lmm_jax.models.llava_mini import LlavaMini
@@ -312,6 +312,32 @@ def test_rows_leave_and_others_enter(tiny, monkeypatch, mesh):
     assert sum(steps) == 39, "the longest answer is all that is waited for"
     alone = lmm_jax.load(tiny("tiny")).engine
     assert dict(done) == {i: alone.generate([r], ())[0] for i, r in enumerate(requests)}
+
+
+def test_a_long_video_does_not_hold_up_the_others(tiny, monkeypatch):
+    """Between its chunks, those that generate get on."""
+    engine = lmm_jax.load(tiny("tiny"), prefix_cache_bytes=0).engine
+    requests = [Request(prompt(i, 9, 0), sampling=Sampling(n)) for i, n in enumerate((90, 90, 2))]
+    frames = [picture(i, engine.config) for i in range(3 * CHUNK)]
+    requests.append(Request(prompt(3, 9, 1), [frames], Sampling(2)))
+    alone = {i: engine.generate([r], ())[0] for i, r in enumerate(requests)}
+    events, decode, encode = [], engine.programs.decode, engine.images._encode
+
+    def decoding(params, state, *told):
+        before = int(state.count.max())
+        state = decode(params, state, *told)
+        events.append(int(state.count.max()) - before)
+        return state
+
+    def encoding(*told):
+        events.append("chunk")
+        return encode(*told)
+
+    monkeypatch.setattr(engine.programs, "decode", decoding)
+    monkeypatch.setattr(engine.images, "_encode", encoding)
+    assert dict(engine.as_completed(requests, (), batch_size=3)) == alone
+    first = events.index("chunk")
+    assert events[first:][:5] == ["chunk", YIELD_STEPS, "chunk", YIELD_STEPS, "chunk"]
 
 
 def test_a_cache_that_does_not_fit_is_made_smaller(model, monkeypatch):

@@ -12,8 +12,7 @@ from support import relative_error
 
 from lmm_jax.config import named_sizes
 from lmm_jax.errors import UserError
-from lmm_jax.models import attention
-from lmm_jax.models.llama import empty_cache
+from lmm_jax.models import attention, kv_cache
 from lmm_jax.models.llava_mini import LlavaMini, abstract_params
 from lmm_jax.sharding import make_mesh
 
@@ -243,7 +242,7 @@ def test_a_model_runs_with_a_kernel_that_cannot_do_everything():
         text = call(call(ids, method="embed"), prefix, method="fuse_text")
         x = jnp.concatenate([prefix.tokens, text], axis=1)
         last = jnp.array([x.shape[1] - 1])
-        cache = empty_cache(config.decoder, 1, x.shape[1] + 1, jnp.float32)
+        cache = kv_cache.empty(config.decoder, 1, x.shape[1] + 1, jnp.float32)
         prompt, cache = call(x, cache=cache, queries=last[:, None], method="decode")
         return prompt, call(x[:, :1], cache=cache, write_at=last + 1, method="decode")[0]
 

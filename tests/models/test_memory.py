@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from lmm_jax.config import named_sizes
+from lmm_jax.models import kv_cache
 from lmm_jax.models.attention import attend
-from lmm_jax.models.llama import empty_cache
 from lmm_jax.models.llava_mini import LlavaMini, abstract_params
 from lmm_jax.sharding import make_mesh
 
@@ -53,7 +53,7 @@ def prefill(length: int) -> int:
     model = LlavaMini(config, jnp.float32)
 
     def program(params, x, last):
-        cache = empty_cache(config.decoder, 1, length + 64, jnp.float32)
+        cache = kv_cache.empty(config.decoder, 1, length + 64, jnp.float32)
         return model.apply({"params": params}, x, cache=cache, queries=last[:, None], method="decode")
 
     x = jax.ShapeDtypeStruct((1, length, config.decoder.hidden_size), jnp.float32)

@@ -1,0 +1,126 @@
+"""Keys and values that the decoder keeps: how they lie, how new ones are written, how a decode step reads them.
+
+    float  keys (B,K,S,H), values (B,K,S,H)
+    int8   of each: values (B,K,S,H) int8, scale (B,K,S)     the largest of a position's H channels over 127
+
+A decode step reads int8 as it is: a key's scale goes onto its score, a value's onto its weight. Scales and dequantised numbers
+never lie in memory beside each other for the whole cache. Of stacked layers the layer axis comes first.
+
+Axis letters: B rows, T new tokens, S positions, N heads, K key/value heads (N is a multiple of K), H channels of a head,
+L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from lmm_jax.config import DecoderConfig
+from lmm_jax.sharding import constrain
+
+Half = jax.Array | Mapping[str, jax.Array]  # keys, or values
+Cache = tuple[Half, Half]
+
+STACK_AXES = ("layers", "batch", "kv_heads", None, None)  # of any leaf of stacked layers, as many as it has
+LAST_AXES = STACK_AXES[1:]
+
+
+def empty(config: DecoderConfig, rows: int, length: int, dtype: Any) -> dict[str, Cache]:
+    """A cache of zeros for so many rows of so many positions, `stack` of L−1 layers and `last`; dtype float or int8."""
+    shape = (rows, config.num_kv_heads, length, config.head_dim)
+
+    def half(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> Half:
+        def zeros(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+            return constrain(jnp.zeros(shape, dtype), *axes[: len(shape)])
+
+        if jnp.dtype(dtype) != jnp.int8:
+            return zeros(shape, dtype)
+        return {"values": zeros(shape, jnp.int8), "scale": zeros(shape[:-1], jnp.float32)}
+
+    last = half(shape, LAST_AXES), half(shape, LAST_AXES)
+    if config.num_layers == 1:
+        return {"last": last}
+    stacked = (config.num_layers - 1, *shape)
+    return {"stack": (half(stacked, STACK_AXES), half(stacked, STACK_AXES)), "last": last}
+
+
+def position_bytes(config: DecoderConfig, dtype: Any) -> int:
+    """Bytes of one position of one row, all layers."""
+    dtype = jnp.dtype(dtype)
+    each = config.head_dim * dtype.itemsize + (4 if dtype == jnp.int8 else 0)
+    return 2 * config.num_layers * config.num_kv_heads * each
+
+
+def write(
+    cache: Cache, new: tuple[jax.Array, jax.Array], layer: jax.Array | None = None, at: jax.Array | None = None
+) -> Cache:
+    """New keys and values (B,T,K,H) at the start of the cache, or one token's (B,1,K,H) at position `at` (B,).
+
+    `layer` () int32 says which of stacked layers. What lies outside is dropped: a row that is done may write past its end.
+    """
+    entering = tuple(_as_kept(n.swapaxes(1, 2), c) for c, n in zip(cache, new))
+    if at is None:
+        first = () if layer is None else (layer,)
+
+        def put(c: jax.Array, n: jax.Array) -> jax.Array:
+            n = n if layer is None else n[None]
+            return jax.lax.dynamic_update_slice(c, n, (*first, *[0] * (c.ndim - len(first))))
+
+        return jax.tree.map(put, cache, entering)
+    rows = jnp.arange(len(at))
+    where = (rows, slice(None), at) if layer is None else (layer, rows, slice(None), at)
+    return jax.tree.map(lambda c, n: _scatter(c, where, n[:, :, 0]), cache, entering)
+
+
+def of_layer(cache: Cache, layer: jax.Array | None) -> Cache:
+    """One of stacked layers, or the cache itself where layer is None."""
+    return cache if layer is None else jax.tree.map(lambda c: c[layer], cache)
+
+
+def attend(q: jax.Array, cache: Cache, position: jax.Array) -> jax.Array:
+    """A decode step: one query per row against its cache, no copy of which is made.
+
+    Args:
+      q: (B,1,N,H).
+      cache: of one layer.
+      position: (B,) int32; row b sees the keys up to position[b].
+
+    Returns:
+      (B,1,N,H), dtype of q.
+    """
+    (k, k_scale), (v, v_scale) = (_parts(half) for half in cache)
+    grouped = rearrange(q[:, 0], "b (k g) h -> b k g h", k=k.shape[1])
+    scores = jnp.einsum("bkgh,bksh->bkgs", grouped, k.astype(q.dtype), preferred_element_type=jnp.float32)
+    scores = scores * q.shape[-1] ** -0.5 if k_scale is None else scores * (q.shape[-1] ** -0.5 * k_scale[:, :, None])
+    seen = jnp.arange(k.shape[2]) <= position[:, None, None, None]
+    weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(jnp.float32).min), axis=-1)
+    weights = weights if v_scale is None else weights * v_scale[:, :, None]
+    out = jnp.einsum("bkgs,bksh->bkgh", weights.astype(q.dtype), v.astype(q.dtype))
+    return rearrange(out, "b k g h -> b 1 (k g) h").astype(q.dtype)
+
+
+def _parts(half: Half) -> tuple[jax.Array, jax.Array | None]:
+    return (half["values"], half["scale"]) if isinstance(half, Mapping) else (half, None)
+
+
+def _as_kept(new: jax.Array, kept: Half) -> Half:
+    """Keys or values (…,H) in the form of the cache."""
+    if not isinstance(kept, Mapping):
+        return new.astype(kept.dtype)
+    new = new.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(new), axis=-1) / 127
+    values = jnp.round(new / jnp.where(scale > 0, scale, 1)[..., None])
+    return {"values": values.astype(jnp.int8), "scale": scale}
+
+
+def _scatter(cache: jax.Array, where: tuple, new: jax.Array) -> jax.Array:
+    """cache[where] = new, in place."""
+    if cache.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+        # XLA has no such scatter there and would convert the whole cache to float32 and back: move bits instead
+        bits = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (cache, new))
+        return jax.lax.bitcast_convert_type(_scatter(next(bits), where, next(bits)), jnp.bfloat16)
+    return cache.at[where].set(new, mode="drop")
