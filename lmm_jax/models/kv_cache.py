@@ -3,8 +3,8 @@
     float  keys (B,K,S,H), values (B,K,S,H)
     int8   of each: values (B,K,S,H) int8, scale (B,K,S)     the largest of a position's H channels over 127
 
-A decode step reads int8 as it is: a key's scale goes onto its score, a value's onto its weight. Scales and dequantised numbers
-never lie in memory beside each other for the whole cache. Of stacked layers the layer axis comes first.
+A decode step reads int8 as it is: a key's scale goes onto its score, a value's onto its weight. Of a cache of many layers, at
+most one layer at a time lies in memory in another form. Of stacked layers the layer axis comes first.
 
 Axis letters: B rows, T new tokens, S positions, N heads, K key/value heads (N is a multiple of K), H channels of a head,
 L layers.
@@ -82,7 +82,7 @@ def of_layer(cache: Cache, layer: jax.Array | None) -> Cache:
 
 
 def attend(q: jax.Array, cache: Cache, position: jax.Array) -> jax.Array:
-    """A decode step: one query per row against its cache, no copy of which is made.
+    """A decode step: one query per row against its cache.
 
     Args:
       q: (B,1,N,H).

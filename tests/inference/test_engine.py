@@ -246,7 +246,7 @@ def test_compilations_are_bounded(tiny, compiled):
     # fuse and place by image count and length, text, sums of fused text, empty slots, prefill, insert and decode by length,
     # alone and in batches, the rest by image count
     assert in_batches + alone <= 2 * counts * lengths + 2 * 6 * lengths + 3 * counts, (in_batches, alone)
-    assert in_batches + alone <= len(requests)  # what a program for every request would be is many times that
+    assert in_batches + alone <= len(requests)  # requests share programs
     assert len(compiled) == before + in_batches + alone  # nothing is compiled twice
 
 

@@ -65,3 +65,20 @@ def test_prefill_of_ten_thousand_vision_tokens():
     sizes = [prefill(n) for n in LENGTHS]
     assert sizes[-1] < 2 * GIB
     assert all(1.9 < b / a < 2.1 for a, b in zip(sizes, sizes[1:]))
+
+
+@pytest.mark.parametrize("kept", (jnp.float32, jnp.int8))
+def test_decode_step_converts_a_layer_at_a_time(kept):
+    """Of nine layers at most one lies in memory in float32 beside the cache."""
+    config = named_sizes()["tiny"]
+    config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, num_layers=9))
+    model = LlavaMini(config, jnp.float32)
+    cache = jax.eval_shape(lambda: kv_cache.empty(config.decoder, 4, 4096, kept))
+    x = jax.ShapeDtypeStruct((4, 1, config.decoder.hidden_size), jnp.float32)
+
+    def program(params, x, cache, at):
+        return model.apply({"params": params}, x, cache=cache, write_at=at, method="decode")
+
+    arguments = abstract_params(config, make_mesh()), x, cache, jax.ShapeDtypeStruct((4,), jnp.int32)
+    taken = jax.jit(program, donate_argnums=2).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+    assert taken < 1.2 * 4 * 4096 * kv_cache.position_bytes(config.decoder, jnp.float32) / 9
