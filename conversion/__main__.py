@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before lmm_jax imports jax: a conversion leaves accelerators alone
 
-from conversion.from_hf import Options, compose, from_hf
+from conversion.from_hf import DTYPES, Options, compose, from_hf
 from conversion.to_hf import to_hf
 from lmm_jax.config import TEMPLATES
 from lmm_jax.errors import UserError
@@ -20,8 +20,8 @@ pytorch_model*.bin, whole or as a LoRA adapter. With --llm and --vision instead 
 stage 1: that language model, that CLIP, and a random projector.
 
 Nothing is written unless every tensor is known, there once, and of the expected shape. fp16, bf16 and fp32 are kept as
-they are. Buffers are left out: rotary_emb.inv_freq, embeddings.position_ids, and of a whole CLIP text_model.*,
-visual_projection, text_projection and logit_scale; what was left out is printed."""
+they are, unless --dtype says otherwise. Buffers are left out: rotary_emb.inv_freq, embeddings.position_ids, and of a
+whole CLIP text_model.*, visual_projection, text_projection and logit_scale; what was left out is printed."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,9 +62,10 @@ def _from_hf(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--ignore", metavar="REGEX", action="append", default=[], help="leave out such tensors; may be repeated"
     )
+    parser.add_argument("--dtype", choices=DTYPES, help="of all tensors (default: each keeps its own)")
     parser.add_argument("--overwrite", action="store_true", help="replace DST if it is a model folder")
     args = parser.parse_intermixed_args(argv)
-    options = Options(args.tokenizer, args.template, args.ignore, args.overwrite)
+    options = Options(args.tokenizer, args.template, args.ignore, args.overwrite, args.dtype)
     if args.llm is None:
         if len(args.paths) != 2:
             parser.error("expected SRC and DST")

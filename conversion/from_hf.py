@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
 from conversion import lora
@@ -22,6 +23,8 @@ from lmm_jax.checkpoint_io import num_bytes
 from lmm_jax.config import FORMAT, ModelConfig
 from lmm_jax.errors import UserError
 
+DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
+
 _PROJECTOR = "model.mm_projector."
 
 
@@ -34,6 +37,7 @@ class Options:
       template: prompt template instead of the one that the tokenizer tells.
       ignore: regular expressions of tensor names to leave out, besides `matching.IGNORED`.
       overwrite: replace an existing model folder.
+      dtype: "bfloat16" or "float32" for all tensors, rounded to the nearest; otherwise each keeps its own.
       report: receives each line that tells what was done.
     """
 
@@ -41,6 +45,7 @@ class Options:
     template: str | None = None
     ignore: Sequence[str] = ()
     overwrite: bool = False
+    dtype: str | None = None
     report: Callable[[str], object] = print
 
 
@@ -181,8 +186,16 @@ def _write(
     options: Options,
 ) -> None:
     config = dataclasses.replace(config, template=options.template or config.template)
+    if options.dtype:
+        leaves = {name: _cast(leaf, DTYPES[options.dtype]) for name, leaf in leaves.items()}
     total = sum(map(num_bytes, leaves.values()))
     files = files_to_copy(tokenizer, folders)
     with byte_bar(total, "converting") as advance:
         write_model(dst, config, leaves, files=files, progress=advance, overwrite=options.overwrite)
     options.report(f"wrote {dst}: {len(leaves)} leaves, {total / 1e9:.2f} GB, prompt template {config.template}")
+
+
+def _cast(leaf: LazyLeaf | np.ndarray, dtype: np.dtype) -> LazyLeaf | np.ndarray:
+    if isinstance(leaf, np.ndarray):
+        return leaf.astype(dtype)
+    return LazyLeaf(leaf.shape, dtype, lambda: leaf.read().astype(dtype, copy=False))

@@ -75,6 +75,7 @@ def write_arrays(
         if progress:
             progress(size)
 
+    stores = _create(folder, leaves, context)
     try:
         for name, leaf in leaves.items():
             size = num_bytes(leaf)
@@ -82,8 +83,7 @@ def write_arrays(
                 finish_oldest()
             array = _produce(name, leaf)
             with _disk_errors():
-                store = ts.open(_new_array(folder, name, leaf), context=context, create=True).result()
-                writing.append((size, store.write(array, can_reference_source_data_indefinitely=True)))
+                writing.append((size, stores[name].write(array, can_reference_source_data_indefinitely=True)))
             del array
         while writing:
             finish_oldest()
@@ -91,6 +91,19 @@ def write_arrays(
         for _, future in writing:
             future.exception()  # waits
     (folder / "_METADATA").write_text(json.dumps(_orbax_metadata(leaves)))
+
+
+def _create(folder: Path, leaves: Mapping[str, LazyLeaf | np.ndarray], context: ts.Context) -> dict[str, ts.TensorStore]:
+    """The headers of all arrays, in one version of the index: each version stays in the database."""
+    together = ts.Transaction()
+    with _disk_errors():
+        opening = {
+            name: ts.open(_new_array(folder, name, leaf), context=context, create=True, transaction=together)
+            for name, leaf in leaves.items()
+        }
+        stores = {name: future.result() for name, future in opening.items()}
+        together.commit_async().result()
+    return {name: store.with_transaction(None) for name, store in stores.items()}
 
 
 def open_arrays(folder: Path) -> dict[str, ts.TensorStore]:

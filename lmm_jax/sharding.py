@@ -113,6 +113,12 @@ def batch_multiple(mesh: Mesh) -> int:
     return math.prod(mesh.shape[a] for a in MESH_RULES["batch"])
 
 
+def platform() -> str:
+    """cpu, gpu or tpu: of the mesh that a program is made for, which need not be here; without a mesh, JAX's own choice."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return device.platform if device else jax.default_backend()
+
+
 def leaf_paths(tree: Any) -> dict[str, Any]:
     """A nested dict flattened to {"a/b/c": leaf}."""
     return {"/".join(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

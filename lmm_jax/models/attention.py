@@ -79,7 +79,7 @@ def _choose(wanted: str, q: jax.Array, k: jax.Array, causal: bool, mask: jax.Arr
     """The implementation that runs."""
     many = q.shape[1] * k.shape[1] >= MANY
     portable = "blocks" if many else "plain"
-    platform = jax.default_backend()
+    platform = sharding.platform()
     if wanted == "auto" and platform == "gpu" and _is_ampere_or_later():
         wanted = "cudnn"
     elif wanted == "auto":

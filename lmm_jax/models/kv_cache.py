@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from lmm_jax.config import DecoderConfig
-from lmm_jax.sharding import constrain
+from lmm_jax.sharding import constrain, platform
 
 Half = jax.Array | Mapping[str, jax.Array]  # keys, or values
 Cache = tuple[Half, Half]
@@ -119,7 +119,7 @@ def _as_kept(new: jax.Array, kept: Half) -> Half:
 
 def _scatter(cache: jax.Array, where: tuple, new: jax.Array) -> jax.Array:
     """cache[where] = new, in place."""
-    if cache.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+    if cache.dtype == jnp.bfloat16 and platform() == "cpu":
         # XLA has no such scatter there and would convert the whole cache to float32 and back: move bits instead
         bits = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (cache, new))
         return jax.lax.bitcast_convert_type(_scatter(next(bits), where, next(bits)), jnp.bfloat16)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 import shutil
@@ -69,6 +70,12 @@ def test_each_tensor_keeps_its_dtype(tmp_path, tensors):
     assert got["layers.1.mlp.up_proj.kernel"].dtype == mixed[UP].dtype
     assert got["layers.1.mlp.up_proj.kernel"].tobytes() == mixed[UP].T.tobytes()
     assert {leaf.dtype for leaf in got.values()} == {np.dtype(d) for d in dtypes}
+
+
+def test_all_tensors_in_a_chosen_dtype(tmp_path, tensors, converted):
+    from_hf(str(checkpoint(tmp_path, tensors)), str(tmp_path / "model"), dataclasses.replace(QUIET, dtype="bfloat16"))
+    expected = {name: leaf.astype(ml_dtypes.bfloat16) for name, leaf in converted.items()}
+    assert same(leaves(tmp_path / "model"), expected)
 
 
 @pytest.mark.parametrize("prefix, whole_clip", [("vision_model.", False), ("", False), ("vision_model.", True)])
