@@ -40,7 +40,7 @@ Record = dict[str, Any]
 def main(arguments: list[str] | None = None) -> int:
     """Prints the table; writes figures to --json and answers to --answers."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="a model folder")
+    parser.add_argument("--model", help="a model folder (the demo model)")
     parser.add_argument("--images", type=int, default=2000, help="pictures (2000)")
     parser.add_argument("--clips", type=int, default=500, help="clips (500)")
     parser.add_argument("--seed", type=int, default=20261120, help="of the scenes")

@@ -1,4 +1,4 @@
-"""Questions per second of `lmm eval answer`, beside asking one by one: ``python benchmarks/eval_throughput.py --model DIR``.
+"""Questions per second of `lmm eval answer`, beside asking one by one: ``python benchmarks/eval_throughput.py``.
 
 500 questions about 50 pictures of the demo world, answered by what stands under `lmm eval answer` (pictures read from their
 files, answers written to a run folder); by it without its cache of pictures; and by one `ask` after the other that starts
@@ -43,7 +43,7 @@ SEED = 500
 def main() -> None:
     """Draws, warms up, measures, records."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a model folder")
+    parser.add_argument("--model", help="a model folder (the demo model)")
     parser.add_argument("--batch-size", type=int, default=32, help="questions at once (32)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each way (5)")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""From nothing to the first answer: ``python benchmarks/startup.py --model DIR``.
+"""From nothing to the first answer: ``python benchmarks/startup.py``.
 
 Each turn is a new process that asks about one picture: once with an empty cache of compiled programs (cold), then again with
 what that left (warm). Files are in the system's cache in both. Times are of the whole process, as its shell sees it, and
@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 
 from machine import machine
+
+from lmm_jax.demo import MODEL
 
 RESULT = Path(__file__).with_suffix(".json")
 PICTURE = Path(__file__).parents[1] / "examples" / "shapes.png"
@@ -41,7 +43,7 @@ print(json.dumps([later - earlier for earlier, later in zip(marks, marks[1:])]))
 def main() -> None:
     """Measures, prints, records."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a model folder")
+    parser.add_argument("--model", default=str(MODEL), help="a model folder (the demo model)")
     parser.add_argument("--rounds", type=int, default=5, help="cold and warm starts (5)")
     args = parser.parse_args()
     start(args.model, None)  # files into the system's cache

@@ -17,6 +17,7 @@ def get_config() -> TrainConfig:
     return dataclasses.replace(
         before,
         folder=f"{demo.FOLDER}/7_finish",
+        max_steps=900,
         start=StartConfig(folder=f"{before.folder}/model"),
         data=dataclasses.replace(
             before.data,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
+
+from lmm_jax.demo import MODEL
 
 if TYPE_CHECKING:
     from lmm_jax.inference.assistant import Assistant
@@ -10,8 +13,11 @@ if TYPE_CHECKING:
 __all__ = ["load"]
 
 
-def load(folder: str, **settings: Any) -> Assistant:
-    """A model folder ready to answer; see `lmm_jax.inference.loading.load` for the settings."""
+def load(folder: str | os.PathLike | None = None, **settings: Any) -> Assistant:
+    """A model folder ready to answer; see `lmm_jax.inference.loading.load` for the settings.
+
+    Without a folder it is the demo model, which answers questions about coloured shapes and clips of them.
+    """
     from lmm_jax.inference import loading  # jax is imported when it is needed
 
-    return loading.load(folder, **settings)
+    return loading.load(MODEL if folder is None else folder, **settings)

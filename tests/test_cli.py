@@ -134,7 +134,6 @@ def test_bad_media(capsys, model, tmp_path, name):
 @pytest.mark.parametrize(
     "arguments,words",
     [
-        (["Hi"], "--model"),
         (["--model", "no/such/folder", "Hi"], "no/such/folder"),
         (["--model", str(GOLDEN / "image_c1" / "hf"), "Hi"], "python -m conversion from-hf"),
         (["--model", "MODEL", "--mesh", "tensor=16", "Hi"], "16 devices"),

@@ -12,6 +12,7 @@ import time
 import pytest
 
 from lmm_jax.cli import main
+from lmm_jax.demo import MODEL
 from lmm_jax.demo.dataset import write_test_set
 
 PICTURES, CLIPS, SEED = 4, 2, 9
@@ -26,10 +27,10 @@ def questions(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def words(questions, converted):
+def words(questions):
     """Of the command, but for the run folder."""
-    model = ["--model", str(converted("image_c1")), "--name", "tiny", "--dtype", "float32"]
-    return ["eval", "answer", "demo_small", "--folder", f"demo_small={questions}", "--max-new-tokens", "3", *model]
+    model = ["--model", str(MODEL), "--name", "tiny", "--dtype", "float32"]
+    return ["eval", "answer", "demo_small", "--folder", f"demo_small={questions}", *model]
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +226,7 @@ def test_media_that_cannot_be_read(words, whole, spoilt, tmp_path, capsys):
 
 def test_another_model_or_another_limit_is_not_mixed_in(words, whole, capsys):
     assert "model was 'tiny' and is 'other'" in refusal(capsys, *words, "--name", "other", "--out", whole)
-    assert "max_new_tokens was 3 and is 4" in refusal(capsys, *words, "--max-new-tokens", 4, "--out", whole)
+    assert "max_new_tokens was 16 and is 4" in refusal(capsys, *words, "--max-new-tokens", 4, "--out", whole)
     assert "template was" in refusal(capsys, *words, "--template", "plain", "--out", whole)
 
 
