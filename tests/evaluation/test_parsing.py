@@ -1,5 +1,4 @@
 import random
-import time
 
 import pytest
 from eval_fixtures import golden
@@ -70,13 +69,6 @@ def test_vqa_accuracy_is_the_mean_over_all_nine():
 def test_vqa_accuracy_wants_ten_references(references):
     with pytest.raises(UserError, match=f"{len(references)} reference answers"):
         vqa_accuracy("x", references)
-
-
-def test_a_million_answers_take_seconds():
-    start = time.process_time()
-    for i in range(20_000):
-        normalise(f"The {i} t-shirts, dont you think?")
-    assert time.process_time() - start < 20_000 * 100e-6
 
 
 @pytest.mark.parametrize(
