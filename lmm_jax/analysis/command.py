@@ -15,12 +15,14 @@ from lmm_jax.errors import UserError
 
 
 def report(args: argparse.Namespace) -> None:
-    """FLOPs, parameters and memory of a model and its variants, beside what was published."""
+    """FLOPs, parameters, memory and times of a model and its variants, beside what was published."""
     from lmm_jax.analysis import report
 
     name, config = _config(args.model)
     plots = _plots() if args.plot else None
     made = report.make(name, config, args.images, args.text, attention=args.attention, dtype=args.dtype)
+    if args.measure:
+        made = report.with_times(made, config, args.images, args.text)
     print(report.markdown(made), end="")
     for file, text in ((args.markdown, report.markdown), (args.json, report.as_json)):
         if file:
@@ -90,6 +92,7 @@ def add_parsers(commands: Any) -> None:
     made.add_argument("--text", type=int, default=PUBLISHED_TEXT, metavar="N", help=f"tokens of the prompt ({PUBLISHED_TEXT})")
     made.add_argument("--attention", action="store_true", help="count attention's own products, too")
     made.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of numbers in memory (bfloat16)")
+    made.add_argument("--measure", action="store_true", help="measure each variant here, too, with random weights")
     made.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there, too")
     made.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     made.add_argument("--plot", type=Path, metavar="FILE", help="draw them there, as PNG, SVG or PDF (needs matplotlib)")

@@ -10,37 +10,52 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lmm_jax.analysis.attention import TYPES, Attention
-from lmm_jax.analysis.report import COMPONENTS, Report
+from lmm_jax.analysis.report import COMPONENTS, Report, flops_unit
 from lmm_jax.errors import UserError
 
 _TOKENS = 4  # maps that are drawn of a picture
 
 
 def costs(report: Report, file: Path) -> Path:
-    """Components of every variant as stacked bars, and the two kinds of video beside them."""
-    figure, (bars, lines) = plt.subplots(1, 2, figsize=(12, 5), width_ratios=(3, 2), layout="constrained")
-    names, left = [c.name for c in report.models], [0.0] * len(report.models)
-    for component in COMPONENTS:
-        values = [c.ours.get(component, 0.0) / 1e12 for c in report.models]
-        bars.barh(names, values, left=left, label=component)
-        left = [a + b for a, b in zip(left, values)]
-    bars.plot([c.published["total"] / 1e12 for c in report.models], names, "k|", markersize=14, label="published program")
-    bars.invert_yaxis()
-    bars.set_xlabel("TFLOPs of a question")
+    """Components of every variant as stacked bars, times likewise where they were measured, and the two kinds of video."""
+    widths = (3, 2, 2) if report.measured else (3, 2)
+    figure, (bars, *times, lines) = plt.subplots(1, len(widths), figsize=(12, 5), width_ratios=widths, layout="constrained")
+    name, size = flops_unit(report)
+    names = [c.name for c in report.models]
+    _stack(bars, names, [{part: flops / size for part, flops in c.ours.items()} for c in report.models])
+    bars.plot([c.published["total"] / size for c in report.models], names, "k|", markersize=14, label="published program")
+    bars.set_xlabel(f"{name} of a question")
     bars.legend(fontsize="small", loc="upper right", bbox_to_anchor=(1.0, 0.88))
+    for axis in times:
+        _stack(axis, names, [{part: 1e3 * seconds for part, seconds in m.parts.items()} for m in report.measured])
+        axis.plot([1e3 * m.first for m in report.measured], names, "k|", markersize=14, label="first token")
+        axis.set_yticks([])
+        axis.set_xlabel(f"milliseconds on {report.device}")
+        axis.legend(fontsize="small", loc="upper right", bbox_to_anchor=(1.0, 0.88), handles=axis.lines)
     for kind in (1, 2):
         frames = [row[0] for row in report.videos]
-        totals = [row[kind].ours["total"] / 1e12 for row in report.videos]
+        totals = [row[kind].ours["total"] / size for row in report.videos]
         lines.loglog(frames, totals, "o-", label=report.videos[0][kind].name)
     lines.set_xlabel("frames of a video")
-    lines.set_ylabel("TFLOPs of a question")
+    lines.set_ylabel(f"{name} of a question")
     lines.grid(alpha=0.3)
     lines.legend()
     figure.suptitle(report.title)
     return _save(figure, file)
+
+
+def _stack(axis: Axes, names: Sequence[str], values: Sequence[dict[str, float]]) -> None:
+    """Bars of components, the first on top."""
+    left = [0.0] * len(names)
+    for component in COMPONENTS:
+        widths = [of.get(component, 0.0) for of in values]
+        axis.barh(names, widths, left=left, label=component)
+        left = [a + b for a, b in zip(left, widths)]
+    axis.invert_yaxis()
 
 
 def by_layer(seen: Attention, file: Path) -> Path:

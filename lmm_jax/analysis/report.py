@@ -1,17 +1,21 @@
-"""``lmm report``: FLOPs, parameters and memory of a model and its variants, as tables."""
+"""``lmm report``: FLOPs, parameters, memory and times of a model and its variants, as tables."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import json
+import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lmm_jax.analysis import costs
 from lmm_jax.analysis.costs import Cost
 from lmm_jax.config import ModelConfig
-from lmm_jax.errors import UserError
+from lmm_jax.errors import DeviceError, UserError
+
+if TYPE_CHECKING:
+    from lmm_jax.analysis.timing import Timing
 
 _NOTHING = "–"
 COMPONENTS = ("vision encoder", "compressor", "projector", "pre-fusion, image", "pre-fusion, text", "decoder", "logits")
@@ -29,6 +33,8 @@ class Report:
       videos: (frames, cost) of LLaVA-v1.5 and of the model itself, for each length.
       published: whether published figures can stand beside the costs.
       dtype: of numbers in memory.
+      measured: times of each variant on `device`; none where they were not asked for.
+      device: what it was measured on.
     """
 
     title: str
@@ -37,6 +43,8 @@ class Report:
     videos: Sequence[tuple[int, Cost, Cost]]
     published: bool
     dtype: str
+    measured: Sequence[Timing] = ()
+    device: str = ""
 
 
 def make(
@@ -69,6 +77,29 @@ def make(
     return Report(title, models, parameters, videos, published, dtype)
 
 
+def with_times(report: Report, config: ModelConfig, images: int, text: int) -> Report:
+    """Measures each variant on the first device that is here, with random weights of its sizes.
+
+    `report` was made with the other arguments. Raises DeviceError where the device cannot hold or run a variant.
+    """
+    import jax
+
+    from lmm_jax.analysis import timing
+    from lmm_jax.inference.loading import use_compilation_cache
+    from lmm_jax.sharding import make_mesh
+
+    use_compilation_cache()
+    mesh = make_mesh()
+    measured = []
+    for of in costs.variants(config):
+        print(f"measuring {costs.label(of)}", file=sys.stderr)
+        try:
+            measured.append(timing.measure(of, images, text, mesh, dtype=report.dtype))
+        except jax.errors.JaxRuntimeError as error:
+            raise DeviceError(f"{costs.label(of)} cannot be measured here: {str(error).splitlines()[0]}") from error
+    return dataclasses.replace(report, measured=measured, device=jax.devices()[0].device_kind)
+
+
 def count_parameters(config: ModelConfig) -> int:
     """Numbers that a question needs; the encoder's last block is none of them."""
     import jax
@@ -81,27 +112,50 @@ def count_parameters(config: ModelConfig) -> int:
 
 def markdown(report: Report) -> str:
     """Tables, and what is to be said of the published figures."""
-    head = ["TFLOPs", *COMPONENTS, "total", "asked again", "published program"]
-    rows = [
-        [c.name, *(_tera(c.ours.get(n)) for n in (*COMPONENTS, "total")), _tera(c.again), _tera(c.published["total"])]
-        for c in report.models
-    ]
+    parts = [f"# {report.title}", *map(_table, (_question(report), _memory(report), _videos(report)))]
+    if report.measured:
+        parts += [f"Measured with random weights on {report.device}:", _table(_times(report.measured))]
+    parts += ["\n".join(f"- {note}" for note in costs.NOTES)] * report.published
+    return "\n\n".join(parts) + "\n"
+
+
+def _question(report: Report) -> list[list[str]]:
+    name, size = flops_unit(report)
+    rows = [[name, *COMPONENTS, "total", "asked again", "published program"]]
+    for c in report.models:
+        parts = [c.ours.get(part) for part in (*COMPONENTS, "total")]
+        rows.append([c.name, *(_number(flops, size) for flops in (*parts, c.again, c.published["total"]))])
     if report.published:
-        head.append("published figure")
-        for row, c in zip(rows, report.models):
-            row.append(" or ".join(f"{figure:.2f}" for figure in costs.PUBLISHED.get(c.name, ())) or _NOTHING)
-    memory = [["memory", "parameters", "weights", "cache of the images", "kept to be asked again", "GFLOPs per new token"]]
+        figures = [costs.PUBLISHED.get(c.name, ()) for c in report.models]
+        rows[0].append("published figure")
+        for row, of in zip(rows[1:], figures):
+            row.append(" or ".join(f"{figure:.2f}" for figure in of) or _NOTHING)
+    return rows
+
+
+def _memory(report: Report) -> list[list[str]]:
+    rows = [["memory", "parameters", "weights", "cache of the images", "kept to be asked again", "GFLOPs per new token"]]
     for c in report.models:
         number = report.parameters[c.name]
         sizes = (number * _DTYPE_BYTES[report.dtype], c.cache_bytes, c.prefix_bytes)
-        memory.append([c.name, f"{number / 1e9:.3f} B", *map(_bytes, sizes), f"{c.token / 1e9:.1f}"])
-    names = [c.name for c in report.videos[0][1:]]
-    video = [["video, frames", *(f"{n}: {what}" for n in names for what in ("TFLOPs", "cache"))]]
+        rows.append([c.name, f"{number / 1e9:.3f} B", *map(_bytes, sizes), _number(c.token, 1e9)])
+    return rows
+
+
+def _videos(report: Report) -> list[list[str]]:
+    name, size = flops_unit(report)
+    rows = [["video, frames", *(f"{c.name}: {what}" for c in report.videos[0][1:] for what in (name, "cache"))]]
     for frames, *of in report.videos:
-        video.append([f"{frames:,}", *(text for c in of for text in (_tera(c.ours["total"]), _bytes(c.cache_bytes)))])
-    parts = [f"# {report.title}", *map(_table, ([head, *rows], memory, video))]
-    parts += ["\n".join(f"- {note}" for note in costs.NOTES)] * report.published
-    return "\n\n".join(parts) + "\n"
+        rows.append([f"{frames:,}", *(t for c in of for t in (_number(c.ours["total"], size), _bytes(c.cache_bytes)))])
+    return rows
+
+
+def _times(measured: Sequence[Timing]) -> list[list[str]]:
+    rows = [["milliseconds", *COMPONENTS, "first token", "asked again", "each new token", "most memory"]]
+    for m in measured:
+        times = [*(m.parts.get(name) for name in COMPONENTS), m.first, m.again, m.token]
+        rows.append([m.name, *(_NOTHING if s is None else f"{1e3 * s:,.2f}" for s in times), _bytes(m.memory)])
+    return rows
 
 
 def as_json(report: Report) -> str:
@@ -111,10 +165,15 @@ def as_json(report: Report) -> str:
     return json.dumps(values, indent=2) + "\n"
 
 
-def _tera(value: float | None) -> str:
+def flops_unit(report: Report) -> tuple[str, float]:
+    """What FLOPs are shown in, and its size: TFLOPs, or GFLOPs for a small model."""
+    return ("TFLOPs", 1e12) if max(c.ours["total"] for c in report.models) >= 1e11 else ("GFLOPs", 1e9)
+
+
+def _number(value: float | None, size: float) -> str:
     if value is None:
         return _NOTHING
-    return f"{value / 1e12:.2f}" if value >= 1e11 else f"{value / 1e12:.4f}"
+    return f"{value / size:,.2f}" if value >= size / 10 else f"{value / size:.4f}"
 
 
 def _bytes(number: float) -> str:

@@ -23,6 +23,7 @@ NOTHING = "–"  # in place of a figure that is not there
 
 _OF_MODEL = ("model", "folder", "digest", "versions")  # settings that may differ between the columns of a row without a word
 _OTHER_JUDGES = "Published figures are by their authors' judges, which are not those of the runs."
+_ASPECTS = tuple(f"videochatgpt_{name}" for name in ("correctness", "detail", "context", "temporal", "consistency"))
 _SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 # controls that are no line break or tab; embeddings and overrides of the writing direction; halves of surrogate pairs
 _ILLEGIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
@@ -73,6 +74,7 @@ def table(runs: Sequence[RunResults], order: Sequence[str]) -> Table:
     footnotes = _Footnotes()
     lines = [_line(name, runs, models, footnotes) for name in names]
     notes = [f"{run.name} has answers but no scores for {', '.join(run.unscored)}." for run in runs if run.unscored]
+    notes += _mean_of_aspects(runs)
     return Table([run.name for run in runs], models, lines, footnotes.texts, notes)
 
 
@@ -115,6 +117,19 @@ def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """Names of settings that are not the same in all runs, by name; not those by which models differ anyway."""
     names = sorted({name for s in settings for name in s if name not in _OF_MODEL})
     return [name for name in names if any(s.get(name) != settings[0].get(name) for s in settings)]
+
+
+def _mean_of_aspects(runs: Sequence[RunResults]) -> Iterator[str]:
+    """The one figure that papers give of Video-ChatGPT, for runs that have all aspects, and of the models beside them."""
+    whole = [run for run in runs if all(name in run.results for name in _ASPECTS)]
+    found = {run.name: [run.results[name].headline for name in _ASPECTS] for run in whole}
+    for run in whole:
+        of_models = [run.results[name].published for name in _ASPECTS]
+        for model in of_models[0]:
+            found[f"{model} (published)"] = [published.get(model) for published in of_models]
+    if whole:
+        means = (f"{name} {number(None if None in of else sum(of) / len(of), 2)}" for name, of in found.items())
+        yield f"Video-ChatGPT, mean of the five aspects: {', '.join(means)}."
 
 
 class _Footnotes:

@@ -112,10 +112,19 @@ def test_the_command(capsys, tmp_path):
     assert figures["parameters"]["LLaVA-v1.5"] == pytest.approx(7.05e9, rel=1e-3)  # without the last block of the encoder
 
 
-def test_the_command_on_a_model_folder(capsys, tiny):
-    assert main(["report", str(tiny("tiny")), "--text", "20", "--dtype", "float32"]) == 0
+def test_the_command_on_a_model_folder(capsys, tiny, monkeypatch, tmp_path):
+    variants, file = costs.variants, tmp_path / "report.json"
+    monkeypatch.setattr(costs, "variants", lambda config: variants(config)[:2])
+    words = ["--text", "20", "--images", "2", "--dtype", "float32", "--measure", "--json", file, "--plot", tmp_path / "r.svg"]
+    assert main(["report", str(tiny("tiny")), *map(str, words)]) == 0
     out, _ = capsys.readouterr()
     assert "20 tokens of text" in out and "published figure" not in out
+    figures = json.loads(file.read_text())
+    for timed, counted in zip(figures["measured"], figures["models"]):
+        assert timed["parts"].keys() == counted["ours"].keys() - {"total"} and all(s > 0 for s in timed["parts"].values())
+        assert timed["name"] == counted["name"] and min(timed["first"], timed["again"]) > 0 and timed["token"] >= 0
+        assert timed["memory"] > 4 * figures["parameters"][timed["name"]]
+        assert f"{1e3 * timed['first']:,.2f} |" in out
 
 
 @pytest.mark.parametrize("words,told", [(["nothing"], "llava-mini-vicuna-7b"), (["--text", "0"], "at least 1")])

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from lmm_jax.errors import UserError
+from lmm_jax.evaluation import registry
 from lmm_jax.evaluation.report import markdown, table
 from lmm_jax.evaluation.report_html import choose, html, write
 from lmm_jax.evaluation.results import read_runs
@@ -127,6 +128,17 @@ def test_markdown_holds_runs_and_published_figures(run):
         ["TextVQA", "accuracy, %", "57.1", "60.0", "–", "58.2"],
         ["Own", "score, 0 to 5", "2.97", "–", "–", "–"],
     ]
+
+
+def test_the_mean_of_video_chatgpts_aspects(run):
+    published = {b.name: b.published for b in registry.benchmarks().values() if b.name.startswith("videochatgpt_")}
+    assert len(published) == 5
+    for place, name in enumerate(published):
+        a = run("a", benchmark=name, headline=place, published=published[name])
+    told = "Video-ChatGPT, mean of the five aspects: model-a 2.00, LLaVA-Mini (published) 2.94."
+    assert told in markdown(read_runs([a]), []) and told in html(read_runs([a]), [])
+    b = run("b", benchmark=name, headline=1, published=published[name])  # one of five
+    assert told in markdown(read_runs([a, b]), []) and "aspects" not in markdown(read_runs([b]), [])
 
 
 def test_small_percentages_have_one_digit_and_nothing_is_not_zero(run):
