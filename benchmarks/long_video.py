@@ -8,7 +8,8 @@
 The first two make a video file, 10,000 seconds at 10 frames a second, and random weights; they ask about it at one frame a
 second, and measure how many frames a second each stage does alone: decoding the file, copying to the device, computing. The
 third runs nothing: it compiles all programs for a device (a TPU topology, which needs libtpu and no TPU; or "here") and tells
-what it would hold. Each prints a table and adds its figures to benchmarks/long_video.json.
+what it would hold, and which fused attention kernels stand in each. Each prints a table and adds its figures to
+benchmarks/long_video.json.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import dataclasses
 import datetime
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -45,7 +47,7 @@ def main() -> None:
     if args.memory:
         total = subprocess.check_output(["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"], text=True)
         os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{args.memory * 1e9 / (float(total.split()[0]) * 2**20):.4f}"
-    if args.compile:
+    if args.compile and args.compile != "here":
         os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
     figures = compiled(args) if args.compile else measured(args)
     from machine import machine
@@ -122,11 +124,17 @@ def compiled(args: argparse.Namespace) -> dict[str, Any]:
         quantize=args.quantize,
         kv_cache=args.kv_cache,
     )
-    print("| program | runs | temporaries, GB | all that is alive, GB |\n|---|---|---|---|")
+    print("| program | runs | temporaries, GB | all that is alive, GB | attention kernels |\n|---|---|---|---|---|")
     for p in found.programs:
-        print(f"| {p.name} | {p.runs} | {p.temporaries / 1e9:.2f} | {p.peak / 1e9:.2f} |")
+        print(f"| {p.name} | {p.runs} | {p.temporaries / 1e9:.2f} | {p.peak / 1e9:.2f} | {', '.join(kernels(p.text))} |")
     print(f"\nparameters {found.parameters / 1e9:.2f} GB, at most {found.peak / 1e9:.2f} GB")
-    return {"parameter_bytes": found.parameters, "peak_bytes": found.peak}
+    used = {p.name: kernels(p.text) for p in found.programs if kernels(p.text)}
+    return {"parameter_bytes": found.parameters, "peak_bytes": found.peak, "attention_kernels": used}
+
+
+def kernels(program: str) -> list[str]:
+    """Names of the fused attention kernels that a compiled program calls: splash on a TPU, cuDNN's on a GPU."""
+    return sorted(set(re.findall(r"splash\w+|__cudnn\$fmha\w+", program)))
 
 
 # ---- measured --------------------------------------------------------------------------------------------------------
