@@ -1,10 +1,11 @@
-"""Time and memory of converting a full-size LLaVA-Mini (LLaMA-3.1-8B), there and back.
+"""Time and memory of converting a full-size LLaVA-Mini (LLaMA-3.1-8B), there and back, and of loading it.
 
     python benchmarks/convert_8b.py --folder /a/disk/with/40/GB
 
 makes a checkpoint with every name and shape of the published one (random bf16 values, shards of 5 GB), converts it to a
-model folder and back, each in a process of its own, writes the figures to benchmarks/convert_8b.json, and removes
-what it made. Needs Linux: peak memory is VmHWM, which counts mapped files too.
+model folder, loads that, and converts it back, each in a process of its own, writes the figures to benchmarks/convert_8b.json,
+and removes what it made. Loading takes turns with plainly reading the same files, by eight threads; neither finds any of them
+in memory. Needs Linux: peak memory is VmHWM, which counts mapped files too.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -38,6 +41,32 @@ from conversion.__main__ import main
 status = main(sys.argv[1:])
 print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")), file=sys.stderr)
 sys.exit(status)
+"""
+_LOAD = """
+import sys, time
+import jax
+from lmm_jax import checkpoint
+from lmm_jax.models.llava_mini import abstract_params
+from lmm_jax.sharding import make_mesh
+
+abstract = abstract_params(checkpoint.read_config(sys.argv[1]), make_mesh(), "bfloat16")
+start = time.perf_counter()
+params = jax.block_until_ready(checkpoint.load_params(sys.argv[1], abstract))
+print(time.perf_counter() - start, sum(x.nbytes for x in jax.tree.leaves(params)))
+"""
+_READ = """
+import concurrent.futures, pathlib, sys, time
+def read(file):
+    total, block = 0, bytearray(2**24)
+    with open(file, "rb", buffering=0) as source:
+        while count := source.readinto(block):
+            total += count
+    return total
+files = sorted((p for p in pathlib.Path(sys.argv[1]).rglob("*") if p.is_file()), key=lambda p: -p.stat().st_size)
+start = time.perf_counter()
+with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    total = sum(pool.map(read, files))
+print(time.perf_counter() - start, total)
 """
 
 
@@ -76,10 +105,33 @@ def measure(command: str, src: Path, dst: Path) -> dict[str, float]:
     return {"seconds": round(seconds, 1), "peak_memory_gb": round(peak / 1e9, 2)}
 
 
+def load(folder: Path, rounds: int) -> dict[str, float]:
+    """GB/s of loading a model folder, and of reading its files; medians."""
+    rates: dict[str, list[float]] = {"loading": [], "reading": []}
+    for _ in range(rounds):
+        for way, program in (("loading", _LOAD), ("reading", _READ)):
+            forget(folder)
+            done = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(done.stderr)
+            seconds, size = map(float, done.stdout.split())
+            rates[way].append(size / seconds / 1e9)
+    return {f"{way}_gb_per_s": round(statistics.median(of), 2) for way, of in rates.items()}
+
+
+def forget(folder: Path) -> None:
+    """Drops a folder's files from the system's memory."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def main() -> None:
-    """Generates, converts there and back, records."""
+    """Generates, converts there, loads, converts back, records."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", required=True, type=Path, help="where to put 37 GB for a while")
+    parser.add_argument("--folder", required=True, type=Path, help="where to put 37 GB for a while; not in memory")
     folder = Path(tempfile.mkdtemp(prefix="convert_8b-", dir=parser.parse_args().folder))
     try:
         source = folder / "hf"
@@ -87,6 +139,7 @@ def main() -> None:
         size = generate(source)
         there = measure("from-hf", source, folder / "model")
         shutil.rmtree(source)
+        loaded = load(folder / "model", rounds=3)
         back = measure("to-hf", folder / "model", folder / "back")
     finally:
         shutil.rmtree(folder)
@@ -94,6 +147,7 @@ def main() -> None:
         "model": SIZE,
         "gigabytes": round(size / 1e9, 2),
         "from_hf": there,
+        "load": loaded,
         "to_hf": back,
         "machine": machine("numpy", "safetensors", "tensorstore"),
     }

@@ -16,7 +16,6 @@ import dataclasses
 import datetime
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -32,14 +31,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-from machine import machine, threads  # noqa: E402
+from machine import machine, peak_bytes, threads  # noqa: E402
 from published import to_hf_names  # noqa: E402
 from twin import Theirs  # noqa: E402
 
 from lmm_jax import checkpoint, sharding  # noqa: E402
 from lmm_jax.config import IMAGE_TOKEN_ID, CompressorConfig, DecoderConfig, ModelConfig, VisionConfig  # noqa: E402
 from lmm_jax.inference.engine import Engine, Request  # noqa: E402
-from lmm_jax.inference.loading import use_compilation_cache  # noqa: E402
+from lmm_jax.inference.loading import load_params, use_compilation_cache  # noqa: E402
 from lmm_jax.inference.sampling import Sampling  # noqa: E402
 from lmm_jax.models.llava_mini import abstract_params, init_params  # noqa: E402
 
@@ -85,7 +84,7 @@ class Ours:
         """Loads what `prepare` wrote."""
         use_compilation_cache()
         mesh = sharding.make_mesh()
-        params = checkpoint.load_params(folder / "model", abstract_params(MODEL, mesh, jnp.float32))
+        params = load_params(folder / "model", abstract_params(MODEL, mesh, jnp.float32), mesh)
         self.plain, self.cached = (
             Engine(MODEL, params, mesh, dtype=jnp.float32, prefix_cache_bytes=size) for size in (0, 512 * 2**20)
         )
@@ -128,7 +127,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.peak:
         Ours(Path(args.peak[1])).run(args.peak[0])
-        print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        print(peak_bytes())
         return
     if not args.torch_python:
         parser.error("--torch-python is needed")

@@ -12,7 +12,6 @@ For each line on stdin does what is named there and prints {"seconds": …, "tok
 from __future__ import annotations
 
 import json
-import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from machine import peak_bytes
 from torch import Tensor
 from torch_model import IGNORE, LlavaMini, answer_lines, load_weights
 from transformers import DynamicCache
@@ -55,7 +55,7 @@ class Twin:
     def run(self, what: str, *numbers: int) -> dict[str, Any]:
         """What a line asks for."""
         if what == "peak":
-            return {"bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+            return {"bytes": peak_bytes()}
         start, *rest, new = time.perf_counter(), *numbers
         if what == "mixed":
             each = len(self.questions) // len(self.pictures)

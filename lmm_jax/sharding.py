@@ -113,8 +113,10 @@ def batch_multiple(mesh: Mesh) -> int:
     return math.prod(mesh.shape[a] for a in MESH_RULES["batch"])
 
 
-def platform() -> str:
-    """cpu, gpu or tpu: of the mesh that a program is made for, which need not be here; without a mesh, JAX's own choice."""
+def platform(mesh: Mesh | None = None) -> str:
+    """cpu, gpu or tpu: of a mesh, or of the one that a program is made for, which need not be here; else JAX's own choice."""
+    if mesh is not None:
+        return mesh.devices.flat[0].platform
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     return device.platform if device else jax.default_backend()
 

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lmm_jax import sharding
+from lmm_jax.config import ModelConfig
 from lmm_jax.data.tokenize import Tokenizer
 from lmm_jax.errors import UserError
 from lmm_jax.models.attention import IMPLEMENTATIONS
@@ -37,17 +38,17 @@ class Setup:
       config: of the run.
       mesh: all devices take part.
       model: with the dtype of arithmetic.
-      tokenizer: the model's.
       groups: path -> group, of all parameters.
-      rows: rows of a global batch that this process loads.
+      tokenizer: the model's; None where the run is only planned.
+      rows: rows of a global batch that this process loads; none where the run is only planned.
     """
 
     config: TrainConfig
     mesh: Mesh
     model: LlavaMini
-    tokenizer: Tokenizer
     groups: dict[str, GroupConfig]
-    rows: np.ndarray
+    tokenizer: Tokenizer | None = None
+    rows: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, int))
 
     @property
     def trained(self) -> dict[str, GroupConfig]:
@@ -103,35 +104,48 @@ def prepare(config: TrainConfig) -> Setup:
     """Checks that a run can work, before anything is loaded.
 
     Raises:
-      UserError: see `model_config`, `assign_groups`, `make_mesh`; a batch that the devices cannot share evenly; nothing to
-        train; Weights & Biases is wanted but not installed.
+      UserError: see `model_config` and `plan`; a mesh that leaves out devices of several processes; Weights & Biases is wanted
+        but not installed.
     """
     c = config.compute
     if config.record.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError("record.wandb is set, but Weights & Biases is not installed: pip install wandb")
+    setup = plan(config, model_config(config.start), jax.devices())
+    if setup.mesh.size != jax.device_count() and jax.process_count() > 1:
+        raise UserError(f"mesh {c.mesh!r} leaves out some of {jax.device_count()} devices: with several processes use all")
+    shape = (config.data.batch_size,)
+    places = sharding.array_sharding(setup.mesh, shape, "batch").addressable_devices_indices_map(shape).values()
+    rows = np.unique(np.concatenate([np.arange(config.data.batch_size)[place] for place in places]))
+    return dataclasses.replace(setup, tokenizer=Tokenizer.load(tokenizer_folder(config.start)), rows=rows)
+
+
+def plan(config: TrainConfig, sizes: ModelConfig, devices: Sequence[jax.Device]) -> Setup:
+    """What a run would be on devices, which need not be here; without tokenizer and rows.
+
+    Args:
+      config: of the run.
+      sizes: of its model, see `model_config`.
+      devices: all that there are.
+
+    Raises:
+      UserError: see `assign_groups`, `make_mesh`; a batch that the devices cannot share evenly; nothing to train.
+    """
+    c = config.compute
     if c.attention not in IMPLEMENTATIONS:
         raise UserError(f"there is no attention {c.attention!r}: choose one of {', '.join(IMPLEMENTATIONS)}")
-    mesh = sharding.make_mesh(c.mesh or {"fsdp": jax.device_count()})
-    if mesh.size != jax.device_count() and jax.process_count() > 1:
-        raise UserError(f"mesh {c.mesh!r} leaves out some of {jax.device_count()} devices: with several processes use all")
+    mesh = sharding.make_mesh(c.mesh or {"fsdp": len(devices)}, list(devices))
     parts = sharding.batch_multiple(mesh) * config.optimizer.accumulation
     if config.data.batch_size % parts:
         raise UserError(
             f"batch_size {config.data.batch_size} is not a multiple of {parts}, the devices that share the rows "
             f"times accumulation {config.optimizer.accumulation}: change one of them"
         )
-    dtype = jnp.dtype(c.dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16))
-    sizes = model_config(config.start)
-    model = LlavaMini(sizes, dtype, c.attention, c.remat)
-    tokenizer = Tokenizer.load(tokenizer_folder(config.start))
+    dtype = jnp.dtype(c.dtype or (jnp.float32 if devices[0].platform == "cpu" else jnp.bfloat16))
     leaves = sharding.leaf_paths(abstract_start(sizes, config.lora, mesh, lambda _: dtype))
     groups = assign_groups(leaves, config.optimizer.groups)
     if all(group.learning_rate is None for group in groups.values()):
         raise UserError("no group has a learning_rate, so nothing would be trained: give one in optimizer.groups")
-    shape = (config.data.batch_size,)
-    places = sharding.array_sharding(mesh, shape, "batch").addressable_devices_indices_map(shape).values()
-    rows = np.unique(np.concatenate([np.arange(config.data.batch_size)[place] for place in places]))
-    return Setup(config, mesh, model, tokenizer, groups, rows)
+    return Setup(config, mesh, LlavaMini(sizes, dtype, c.attention, c.remat), groups)
 
 
 def abstract_state(setup: Setup, steps: int) -> TrainState:

@@ -25,7 +25,7 @@ from lmm_jax.data.layout import Row
 from lmm_jax.errors import UserError
 from lmm_jax.inference.assistant import Assistant, Conversation
 from lmm_jax.inference.images import Medium, count_images
-from lmm_jax.models import layers
+from lmm_jax.models import apart, layers
 from lmm_jax.models.llama import DecoderLayer, Step
 from lmm_jax.models.llava_mini import LlavaMini
 
@@ -120,7 +120,7 @@ def divergence(seeing: Attention, blind: Attention) -> float:
 def _layer_params(params: Mapping[str, Any], number: int, total: int) -> Any:
     if number == total - 1:
         return params["last"]
-    return jax.tree.map(lambda leaf: leaf[number], params["stack"])
+    return apart.layer(params["stack"], number)
 
 
 @functools.partial(jax.jit, static_argnums=0)

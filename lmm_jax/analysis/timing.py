@@ -20,7 +20,7 @@ from lmm_jax.inference.buckets import length_bucket
 from lmm_jax.inference.engine import Engine, Request
 from lmm_jax.inference.images import CHUNK
 from lmm_jax.inference.sampling import Sampling
-from lmm_jax.models import prefusion
+from lmm_jax.models import apart, prefusion
 from lmm_jax.models.llava_mini import ImagePrefix, LlavaMini, init_params
 
 NEW_TOKENS = 16  # that the time of one is taken from
@@ -65,6 +65,8 @@ def measure(
     decoder = dataclasses.replace(config.decoder, max_position_embeddings=max(4096, 2 * longest))
     config = dataclasses.replace(config, decoder=decoder)
     params = init_params(config, mesh, dtype=dtype)
+    if apart.is_wanted(params, mesh):
+        params = apart.set_all_apart(params)
     with jax.set_mesh(mesh):
         parts = _parts(LlavaMini(config, dtype, attention), params, images, text, rounds)
     engine = Engine(config, params, mesh, dtype=dtype, attention=attention, prefix_cache_bytes=2**40)

@@ -98,7 +98,7 @@ class Engine:
         self.config, self.params, self.mesh, self.dtype = config, params, mesh, jnp.dtype(dtype)
         self._model = LlavaMini(config, dtype, attention)
         self._multiple = sharding.batch_multiple(mesh)
-        self.images = ImageSide(self._model, self._multiple, prefix_cache_bytes)
+        self.images = ImageSide(self._model, mesh, prefix_cache_bytes)
         self._place_text = jax.jit(self._place_mean)
         self._place_vision = jax.jit(
             lambda x, tokens, index: self._apply({}, "place_vision", x, rearrange(tokens, "n v d -> 1 (n v) d"), index)

@@ -14,15 +14,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from lmm_jax.data.layout import Layout
 from lmm_jax.inference.buckets import power_of_two
 from lmm_jax.inference.prefix_cache import PrefixCache
 from lmm_jax.models.llava_mini import ImagePrefix, LlavaMini
-from lmm_jax.sharding import constrain
+from lmm_jax.sharding import batch_multiple, constrain, platform
 
 CHUNK = 32  # images encoded at once
 CHUNK_BYTES = 2**29  # prefixes of so many at most, on a device
+CACHE_BYTES = 2**24  # of a processor: attention scores of so many images go through the encoder together
 
 Medium = np.ndarray | Iterable[np.ndarray]
 """An image: pixels (P,H,W,3); or a video: a sized iterable of such, one per frame. All of a batch are uint8, or all normalised
@@ -37,17 +39,19 @@ def count_images(medium: Medium) -> int:
 class ImageSide:
     """Encodes and fuses the images of a batch."""
 
-    def __init__(self, model: LlavaMini, multiple: int, cache_bytes: int) -> None:
+    def __init__(self, model: LlavaMini, mesh: Mesh, cache_bytes: int) -> None:
         """Compiles nothing yet.
 
         Args:
           model: gives config and dtype.
-          multiple: images come in multiples of this, so that every device gets as many.
+          mesh: images come in multiples of its devices, so that each gets as many.
           cache_bytes: device memory for prefixes of pictures that may be asked about again.
         """
-        self._model, self._config, self._multiple = model, model.config, multiple
-        each = min(CHUNK // multiple, CHUNK_BYTES // self.prefix_bytes)  # images of a device
-        self._chunk = multiple * (power_of_two(each + 1) // 2 or 1)
+        self._model, self._config, self._multiple = model, model.config, batch_multiple(mesh)
+        each = min(CHUNK // self._multiple, CHUNK_BYTES // self.prefix_bytes)  # images of a device
+        self._chunk = self._multiple * _power_below(each)
+        at_once = each if platform(mesh) != "cpu" else min(each, CACHE_BYTES // self._score_bytes)
+        self._at_once = self._multiple * _power_below(at_once)
         self.prefixes = PrefixCache(cache_bytes)
         self._encode = jax.jit(lambda params, pixels: model.apply({"params": params}, pixels, method="encode_image"))
         self._fuse = jax.jit(self._add_fused_text, donate_argnums=1)
@@ -104,28 +108,39 @@ class ImageSide:
         keys_and_values = 2 * c.prefusion_layers * c.prefix_length * d.num_kv_heads * d.head_dim
         return (keys_and_values + c.tokens_per_image * d.hidden_size) * jnp.dtype(self._model.dtype).itemsize
 
+    @property
+    def _score_bytes(self) -> int:
+        """Of one picture, in a layer of the encoder."""
+        v = self._config.vision
+        return 4 * self._config.tiles * v.num_heads * (v.grid**2 + 1) ** 2
+
     def _prefix(self, params: Any, chunk: list[_Item], size: int) -> ImagePrefix:
         """Prefixes of a chunk's images, padded to `size`; single images come from the cache or go there."""
         keys = [PrefixCache.key(i.pixels) if i.keep else None for i in chunk]
         known = {k: p for k in set(keys) if k and (p := self.prefixes.get(k))}
         first = {k: n for n, k in reversed(list(enumerate(keys)))}  # a picture that comes twice is encoded once
         missing = [n for n, k in enumerate(keys) if k not in known and (k is None or first[k] == n)]
-        if missing:
-            m = self._multiple
-            room = m * power_of_two(-(-len(missing) // m)) if any(keys) else size
-            pixels = np.zeros((room, *chunk[0].pixels.shape), chunk[0].pixels.dtype)
-            for slot, n in enumerate(missing):
-                pixels[slot] = chunk[n].pixels
-            encoded = self._encode(params, pixels)
-            if not any(keys):
+        for start in range(0, len(missing), self._at_once):
+            part = missing[start : start + self._at_once]
+            encoded = self._encode(params, self._pixels(chunk, part, None if any(keys) else size))
+            if encoded.tokens.shape[0] == size and not any(keys):
                 return encoded
-            single = self._split(encoded) if room > 1 else [encoded]
-            for slot, n in enumerate(missing):
+            single = self._split(encoded) if encoded.tokens.shape[0] > 1 else [encoded]
+            for slot, n in enumerate(part):
                 known[keys[n] or n] = single[slot]
                 if keys[n]:
                     self.prefixes.put(keys[n], single[slot])
         parts = [known[k or n] for n, k in enumerate(keys)]
         return parts[0] if size == 1 else self._join(parts + [parts[-1]] * (size - len(parts)))
+
+    def _pixels(self, chunk: list[_Item], numbers: list[int], size: int | None) -> np.ndarray:
+        """Those of some of a chunk's images, padded to `size` or to as many as the encoder takes."""
+        m = self._multiple
+        room = min(self._at_once, size or m * power_of_two(-(-len(numbers) // m)))
+        pixels = np.zeros((room, *chunk[0].pixels.shape), chunk[0].pixels.dtype)
+        for slot, n in enumerate(numbers):
+            pixels[slot] = chunk[n].pixels
+        return pixels
 
     def _add_fused_text(
         self, params: Any, total: jax.Array, ids: jax.Array, rows: jax.Array, prefix: ImagePrefix
@@ -134,6 +149,11 @@ class ImageSide:
         text = self._model.apply({"params": params}, ids, method="embed")
         fused = self._model.apply({"params": params}, text, prefix, method="fuse_text")
         return constrain(total.at[rows].add(fused.astype(jnp.float32), mode="drop"), "batch", None, None)
+
+
+def _power_below(n: int) -> int:
+    """The last of 1, 2, 4, … that is at most `n`, or 1."""
+    return power_of_two(n + 1) // 2 or 1
 
 
 def _zeros(shape: tuple[int, int, int], dtype: Any, axis: str | None) -> jax.Array:

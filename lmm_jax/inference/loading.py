@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from lmm_jax.config import KV_CACHES, QUANTIZATIONS
 from lmm_jax.errors import UserError
 from lmm_jax.inference.assistant import Assistant
 from lmm_jax.inference.engine import Engine
-from lmm_jax.models import quantization
+from lmm_jax.models import apart, quantization
 from lmm_jax.models.attention import IMPLEMENTATIONS
 from lmm_jax.models.llava_mini import abstract_params
 
@@ -59,11 +60,18 @@ def load(
     mesh = mesh if isinstance(mesh, Mesh) else sharding.make_mesh(mesh)
     use_compilation_cache()
     dtype = jnp.dtype(dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16))
-    each = functools.partial(quantization.quantize_leaf, kind=quantize) if quantize else None
-    params = checkpoint.load_params(Path(folder), abstract_params(config, mesh, dtype), each=each)
+    params = load_params(Path(folder), abstract_params(config, mesh, dtype), mesh, quantize)
     settings = {"attention": attention, "kv_cache": kv_cache, "prefix_cache_bytes": prefix_cache_bytes}
     engine = Engine(config, params, mesh, dtype=dtype, **settings)
     return Assistant(Path(folder), config, engine)
+
+
+def load_params(folder: Path, abstract: Any, mesh: Mesh, quantize: str | None = None) -> Any:
+    """The parameters of a model folder in the form that inference on a mesh wants; `abstract` as of `abstract_params`."""
+    each = apart.set_apart if apart.is_wanted(abstract, mesh) else None
+    if quantize:
+        each = functools.partial(quantization.quantize_leaf, kind=quantize)
+    return checkpoint.load_params(folder, abstract, each=each)
 
 
 def use_compilation_cache() -> None:

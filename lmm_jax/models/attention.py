@@ -105,8 +105,16 @@ def _causal_mask(queries: int, keys: int, first: int | jax.Array) -> jax.Array:
 
 
 def _plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
-    mask = None if mask is None else mask[:, None]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
+    """Products with heads first and weights on the left: in another order XLA's CPU backend transposes all weights."""
+    length, heads = q.shape[1], k.shape[2]
+    q = rearrange(q, "b t (k g) h -> b k (g t) h", k=heads)
+    k, v = (rearrange(x, "b s k h -> b k s h") for x in (k, v))
+    scores = jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    if mask is not None:
+        grouped = rearrange(scores, "b k (g t) s -> b k g t s", t=length)
+        scores = jnp.where(mask[:, None, None], grouped, jnp.finfo(jnp.float32).min).reshape(scores.shape)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return rearrange(jnp.matmul(weights, v), "b k (g t) h -> b t (k g) h", t=length)
 
 
 def _blocks(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, mask: jax.Array | None) -> jax.Array:

@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from lmm_jax.config import VisionConfig
 from lmm_jax.data.image import NORMALIZATION_TABLE
+from lmm_jax.models import apart
 from lmm_jax.models.attention import attend
 from lmm_jax.models.layers import Embed, LayerNorm, Proj, rematerialised, residual_gain
 from lmm_jax.sharding import constrain
@@ -98,7 +99,13 @@ class Layers(nn.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (M,G²+1,Dv) -> same."""
-        return self.stack(x, None)[0]
+        params = self.variables.get("params", {}).get("stack")
+        if not apart.is_apart(params):
+            return self.stack(x, None)[0]
+        for i in range(self.config.num_layers - 1):
+            one = {"params": apart.layer(params, i)}
+            x, _ = EncoderLayer(self.config, self.implementation, parent=None).apply(one, x, None)
+        return x
 
 
 class Embeddings(nn.Module):

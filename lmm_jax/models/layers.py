@@ -14,7 +14,7 @@ import numpy as np
 from flax import linen as nn
 
 from lmm_jax.config import RopeScaling
-from lmm_jax.models import quantization
+from lmm_jax.models import apart, quantization
 
 REMAT = ("none", "full", "dots")  # a backward pass finds all of a layer; its input only; its input and matrix products
 
@@ -30,7 +30,8 @@ def rematerialised(layer: type[nn.Module], remat: str) -> type[nn.Module]:
 class Proj(nn.Module):
     """y[…, out] = x[…, in] · kernel[in, out] (+ bias[out]); `in` and `out` may each be several axes.
 
-    Every weight matrix of the model is one of these. Its kernel may be quantised, see `quantization`. Where the parameters
+    Every weight matrix of the model is one of these. Its kernel may be quantised, see `quantization`, or turned,
+    see `apart`. Where the parameters
     hold `lora_a` (in, r), `lora_b` (r, out) and `lora_scale` (), the kernel is kernel + lora_scale · lora_a · lora_b.
 
     Attributes:
@@ -60,7 +61,9 @@ class Proj(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (…, *inputs) -> (…, *outputs), in the dtype of x, or float32."""
         dtype = jnp.float32 if self.float32 else None
-        if quantization.is_quantized(self.kernel):
+        if apart.is_turned(self.kernel):
+            y = apart.project(x, self.kernel, len(self.inputs), self.outputs, dtype)
+        elif quantization.is_quantized(self.kernel):
             y = quantization.project(x, self.kernel, len(self.inputs), dtype)
         else:
             y = jnp.tensordot(x, self.kernel.astype(x.dtype), axes=len(self.inputs), preferred_element_type=dtype)

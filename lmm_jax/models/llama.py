@@ -10,6 +10,7 @@ State per layer (key/value cache, image prefix) has the same form: {"stack": …
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from flax import linen as nn
 from flax import struct
 
 from lmm_jax.config import DecoderConfig
-from lmm_jax.models import kv_cache, layers
+from lmm_jax.models import apart, kv_cache, layers
 from lmm_jax.models.attention import attend
 from lmm_jax.models.kv_cache import Cache
 from lmm_jax.sharding import constrain
@@ -156,6 +157,19 @@ class LayerStack(nn.Module):
         kept: dict[str, Any] = {}
         if self.length > 1:
             inputs = (jnp.arange(self.length - 1), prefix.get("stack"))
-            (x, cache["stack"]), kept["stack"] = self.stack((x, cache.get("stack")), inputs, step.replace(queries=None))
+            (x, cache["stack"]), kept["stack"] = self._run_stack((x, cache.get("stack")), inputs, step.replace(queries=None))
         (x, cache["last"]), kept["last"] = self.last((x, cache.get("last")), (None, prefix.get("last")), step)
         return x, kept, cache
+
+    def _run_stack(self, carry: tuple, inputs: tuple, step: Step) -> tuple[tuple, KV | None]:
+        """All layers but the last: scanned, or one after the other where their parameters lie apart."""
+        params = self.variables.get("params", {}).get("stack")
+        if not apart.is_apart(params):
+            return self.stack(carry, inputs, step)
+        kept = []
+        for i in range(self.length - 1):
+            one = {"params": apart.layer(params, i)}
+            prefix = jax.tree.map(operator.itemgetter(i), inputs[1])
+            carry, new = DecoderLayer(self.config, parent=None).apply(one, carry, (jnp.int32(i), prefix), step)
+            kept.append(new)
+        return carry, jax.tree.map(lambda *of: jnp.stack(of), *kept)

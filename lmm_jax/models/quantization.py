@@ -60,7 +60,7 @@ def quantize(kernel: jax.Array, *, inputs: int, kind: str) -> Quantized:
 
 def is_quantized(kernel: Any) -> bool:
     """Whether a kernel is in the form that `quantize` gives."""
-    return isinstance(kernel, Mapping)
+    return isinstance(kernel, Mapping) and "scale" in kernel
 
 
 def project(x: jax.Array, kernel: Quantized, inputs: int, dtype: Any) -> jax.Array:

@@ -121,7 +121,7 @@ def test_from_a_folder_to_a_folder(tiny, tmp_path):
     groups = (GroupConfig(r".*/lora_[ab]", 1e-3), GroupConfig(r"(?!.*/lora_[ab]$).*"))
     config = TrainConfig("", StartConfig(str(folder)), optimizer=OptimizerConfig(groups), lora=LORA)
     leaves = sharding.leaf_paths(abstract_start(CONFIG, LORA, mesh, lambda _: jnp.float32))
-    setup = Setup(config, mesh, LlavaMini(CONFIG), None, assign_groups(leaves, groups), np.arange(2))
+    setup = Setup(config, mesh, LlavaMini(CONFIG), assign_groups(leaves, groups), rows=np.arange(2))
     state = initial_state(setup, abstract_state(setup, 10))
     trained = state.trained | filled(state.trained)
     write_model_folder(tmp_path / "model", CONFIG, config.start, folder, trained, state.frozen, jnp.float32)

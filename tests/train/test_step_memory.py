@@ -27,7 +27,7 @@ def setup_of(groups):
     mesh = sharding.make_mesh("fsdp=8")
     model = LlavaMini(SIZES, jnp.dtype(config.compute.dtype), remat=config.compute.remat)
     assigned = assign_groups(sharding.leaf_paths(abstract_params(SIZES, mesh)), groups)
-    return Setup(config, mesh, model, None, assigned, np.arange(ROWS))
+    return Setup(config, mesh, model, assigned, rows=np.arange(ROWS))
 
 
 def batch_of(setup):

@@ -1,0 +1,81 @@
+"""Parameters as inference on a processor wants them: every layer's apart, and large kernels with their outputs first.
+
+There XLA copies a layer out of the stack before it multiplies with it, which costs more than the product with a few rows; and
+it multiplies few rows up to twice as fast with a kernel whose inputs lie side by side. So
+
+    a stack's leaf (L, …)     becomes a tuple of L leaves (…); the layers are then unrolled, not scanned
+    a kernel (in…, out…)      becomes {"turned": (out, in)}, with one axis for all outputs and one for all inputs
+
+Small models stay as they are: their programs compile faster.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from lmm_jax.sharding import leaf_paths, platform
+
+LARGE = 2**27  # bytes of all parameters from which on this is worth its time
+
+_TURNED = re.compile(r"(?:(?:layers|prefusion_layers)/(?:stack|last)/.*_proj|mm_projector/\w+|lm_head)/kernel")
+
+
+def is_wanted(abstract: Any, mesh: Mesh) -> bool:
+    """Whether inference with parameters of these shapes and dtypes should have them in this form."""
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+    return mesh.size == 1 and platform(mesh) == "cpu" and size >= LARGE
+
+
+def set_apart(path: str, leaf: jax.Array) -> Any:
+    """A leaf of the parameter tree in this form; `path` as "layers/stack/mlp/up_proj/kernel"."""
+    if "/stack/" in path:
+        return tuple(_turn(path, leaf[i]) for i in range(len(leaf)))
+    return _turn(path, leaf)
+
+
+def set_all_apart(params: Any) -> Any:
+    """The whole parameter tree in this form."""
+    leaves = [set_apart(path, leaf) for path, leaf in leaf_paths(params).items()]
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
+def _turn(path: str, leaf: jax.Array) -> Any:
+    if not _TURNED.fullmatch(path):
+        return leaf
+    inputs = 2 if "/o_proj/" in path else 1
+    matrix = leaf.reshape(math.prod(leaf.shape[:inputs]), -1)
+    return {"turned": jax.jit(jnp.transpose)(matrix)}
+
+
+def is_turned(kernel: Any) -> bool:
+    """Whether a kernel has its outputs first."""
+    return isinstance(kernel, Mapping) and "turned" in kernel
+
+
+def project(x: jax.Array, kernel: Mapping[str, jax.Array], inputs: int, outputs: Sequence[int], dtype: Any) -> jax.Array:
+    """x (…, in…) times a turned kernel with so many input axes -> (…, *outputs), in `dtype`, or that of x where it is None."""
+    batch = x.shape[: x.ndim - inputs]
+    y = jax.lax.dot_general(
+        x.reshape(math.prod(batch), -1),
+        kernel["turned"].astype(x.dtype),
+        (((1,), (1,)), ((), ())),
+        preferred_element_type=dtype,
+    )
+    return y.reshape(*batch, *outputs)
+
+
+def layer(stack: Any, number: int) -> Any:
+    """The parameters of one layer of a stack, whichever form it has."""
+    return jax.tree.map(lambda leaf: leaf[number], stack, is_leaf=lambda leaf: isinstance(leaf, tuple))
+
+
+def is_apart(stack: Any) -> bool:
+    """Whether the layers of a stack lie apart."""
+    return isinstance(jax.tree.leaves(stack, is_leaf=lambda leaf: isinstance(leaf, tuple))[0], tuple) if stack else False

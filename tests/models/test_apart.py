@@ -1,0 +1,53 @@
+"""Layers apart and kernels turned, as inference on a processor has them: the same numbers, and taken by large models alone."""
+
+import jax
+import numpy as np
+import pytest
+from support import GOLDEN, relative_error
+
+import lmm_jax
+from lmm_jax.analysis import attention
+from lmm_jax.config import named_sizes
+from lmm_jax.data.conversation import Message
+from lmm_jax.data.layout import Row
+from lmm_jax.inference import images
+from lmm_jax.inference.assistant import Conversation, Question
+from lmm_jax.models import apart
+from lmm_jax.models.llava_mini import abstract_params
+from lmm_jax.sharding import make_mesh
+
+PICTURES = [str(GOLDEN / "preprocessing" / name) for name in ("odd.png", "wide.png")]
+
+
+@pytest.mark.parametrize("size", ["tiny", "tiny-hd", "tiny-llava-v1.5"])
+def test_the_same_logits_and_answers(tiny, size, monkeypatch):
+    stacked = lmm_jax.load(tiny(size))
+    monkeypatch.setattr(apart, "LARGE", 0)
+    monkeypatch.setattr(images, "CACHE_BYTES", 0)  # one picture at a time
+    separate = lmm_jax.load(tiny(size))
+    kernels = separate.engine.params["layers"]["stack"]["mlp"]["up_proj"]["kernel"]
+    assert isinstance(kernels, tuple) and all(apart.is_turned(kernel) for kernel in kernels)
+
+    asked = stacked.extend(Conversation(), Question("What is it?", PICTURES))
+    ids = np.concatenate([[2, -200, -200], np.arange(5, 30)]).astype(np.int32)
+    both = [model.engine.logits([Row(ids, (1, 1))], [asked.media])[0] for model in (stacked, separate)]
+    assert relative_error(both[1], both[0]) < 1e-5
+    questions = [Question("What is it?", PICTURES[:n]) for n in (0, 1, 2)] + [Question("Where?", PICTURES[1:])]
+    said = [model.ask_batch(questions, max_new_tokens=6) for model in (stacked, separate)]
+    assert said[0] == said[1]
+    told = Conversation((*asked.messages, Message("assistant", "red")), asked.media)
+    given = [attention.decoder_input(model, told, list(told.media), None) for model in (stacked, separate)]
+    seen = [attention.look(model, x).weights for model, x in zip((stacked, separate), given)]
+    assert relative_error(seen[1], seen[0]) < 1e-4
+
+
+def test_who_takes_it():
+    large, small = (abstract_params(named_sizes()[name], make_mesh()) for name in ("llava-mini-vicuna-7b", "tiny"))
+    assert apart.is_wanted(large, make_mesh()) and not apart.is_wanted(small, make_mesh())
+    assert not apart.is_wanted(large, make_mesh("fsdp=8"))
+
+
+def test_weights_in_few_bits_stay_stacked(tiny, monkeypatch):
+    monkeypatch.setattr(apart, "LARGE", 0)
+    params = lmm_jax.load(tiny("tiny"), quantize="int8").engine.params
+    assert not apart.is_apart(params["layers"]["stack"]) and not any(isinstance(x, tuple) for x in jax.tree.leaves(params))
