@@ -29,6 +29,7 @@ from lmm_jax.inference.buckets import length_bucket
 from lmm_jax.inference.images import ImageSide, Medium, count_images
 from lmm_jax.inference.sampling import Sampling
 from lmm_jax.inference.slots import Programs, Slots
+from lmm_jax.models import apart
 from lmm_jax.models.kv_cache import position_bytes
 from lmm_jax.models.llava_mini import LlavaMini
 from lmm_jax.models.loss import next_token_loss
@@ -103,7 +104,7 @@ class Engine:
         self._place_vision = jax.jit(
             lambda x, tokens, index: self._apply({}, "place_vision", x, rearrange(tokens, "n v d -> 1 (n v) d"), index)
         )
-        self.programs = Programs(self._model, mesh, kv_cache or dtype)
+        self.programs = Programs(self._model, mesh, kv_cache or dtype, apart=apart.is_apart(params["layers"].get("stack")))
         self._all_logits = jax.jit(lambda params, x: self._apply(params, "decode", x)[0])
         self._loss = jax.jit(lambda params, x, labels: next_token_loss(self._apply(params, "decode", x)[0], labels))
 

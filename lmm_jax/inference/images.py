@@ -24,6 +24,7 @@ from lmm_jax.sharding import batch_multiple, constrain, platform
 
 CHUNK = 32  # images encoded at once
 CHUNK_BYTES = 2**29  # prefixes of so many at most, on a device
+PROCESSOR_CHUNK_BYTES = 2**27  # which takes long to copy them
 CACHE_BYTES = 2**24  # of a processor: attention scores of so many images go through the encoder together
 
 Medium = np.ndarray | Iterable[np.ndarray]
@@ -48,9 +49,11 @@ class ImageSide:
           cache_bytes: device memory for prefixes of pictures that may be asked about again.
         """
         self._model, self._config, self._multiple = model, model.config, batch_multiple(mesh)
-        each = min(CHUNK // self._multiple, CHUNK_BYTES // self.prefix_bytes)  # images of a device
+        processor = platform(mesh) == "cpu"
+        room = PROCESSOR_CHUNK_BYTES if processor else CHUNK_BYTES
+        each = min(CHUNK // self._multiple, room // self.prefix_bytes)  # images of a device
         self._chunk = self._multiple * _power_below(each)
-        at_once = each if platform(mesh) != "cpu" else min(each, CACHE_BYTES // self._score_bytes)
+        at_once = min(each, CACHE_BYTES // self._score_bytes) if processor else each
         self._at_once = self._multiple * _power_below(at_once)
         self.prefixes = PrefixCache(cache_bytes)
         self._encode = jax.jit(lambda params, pixels: model.apply({"params": params}, pixels, method="encode_image"))

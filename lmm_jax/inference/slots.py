@@ -55,10 +55,11 @@ class State:
 class Programs:
     """What is compiled, once for every combination of sizes."""
 
-    def __init__(self, model: LlavaMini, mesh: Mesh, cache_dtype: Any) -> None:
-        """Compiles nothing yet."""
+    def __init__(self, model: LlavaMini, mesh: Mesh, cache_dtype: Any, *, apart: bool = False) -> None:
+        """Compiles nothing yet; `apart` tells whether the decoder's layers are, see `models.apart`."""
         self.model, self.mesh, self._multiple = model, mesh, batch_multiple(mesh)
         self.cache_dtype = jnp.dtype(cache_dtype)
+        self._cache = functools.partial(kv_cache.empty, model.config.decoder, dtype=self.cache_dtype, apart=apart)
         self.empty = jax.jit(self._empty, static_argnums=(0, 1, 2))
         self.prefill = jax.jit(self._prefill)
         self.insert = jax.jit(self._insert, donate_argnums=0)
@@ -72,7 +73,7 @@ class Programs:
         return self.model.apply({"params": params}, *args, method=method, **kwargs)
 
     def _empty(self, rows: int, length: int, room: int) -> State:
-        cache = kv_cache.empty(self.model.config.decoder, rows, length, self.cache_dtype)
+        cache = self._cache(rows, length)
         zeros = jnp.zeros(rows, jnp.int32)
         sampler = jax.tree.map(jnp.asarray, Sampler.of([Sampling()] * rows))
         return _spread(State(cache, zeros, jnp.zeros((rows, room), jnp.int32), zeros, zeros, zeros == 0, sampler))
@@ -80,7 +81,7 @@ class Programs:
     def _prefill(self, params: Any, x: jax.Array, rows: jax.Array, lengths: jax.Array) -> tuple[dict[str, Cache], jax.Array]:
         """x (N,T,D), of which `rows` (R,) enter -> keys and values of R rows, logits (R,V) after `lengths` (R,) positions."""
         x = constrain(x[rows], "batch", None, None)
-        cache = kv_cache.empty(self.model.config.decoder, *x.shape[:2], self.cache_dtype)
+        cache = self._cache(*x.shape[:2])
         logits, cache = self._apply(params, "decode", x, cache=cache, queries=(lengths - 1)[:, None])
         return cache, logits[:, 0]
 

@@ -29,8 +29,11 @@ STACK_AXES = ("layers", "batch", "kv_heads", None, None)  # of any leaf of stack
 LAST_AXES = STACK_AXES[1:]
 
 
-def empty(config: DecoderConfig, rows: int, length: int, dtype: Any) -> dict[str, Cache]:
-    """A cache of zeros for so many rows of so many positions, `stack` of L−1 layers and `last`; dtype float or int8."""
+def empty(config: DecoderConfig, rows: int, length: int, dtype: Any, *, apart: bool = False) -> dict[str, Cache]:
+    """A cache of zeros for so many rows of so many positions, `stack` of L−1 layers and `last`; dtype float or int8.
+
+    Where the layers lie `apart` (see there), it is one of each, "0", "1", …, and `last`.
+    """
     shape = (rows, config.num_kv_heads, length, config.head_dim)
 
     def half(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> Half:
@@ -42,8 +45,9 @@ def empty(config: DecoderConfig, rows: int, length: int, dtype: Any) -> dict[str
         return {"values": zeros(shape, jnp.int8), "scale": zeros(shape[:-1], jnp.float32)}
 
     last = half(shape, LAST_AXES), half(shape, LAST_AXES)
-    if config.num_layers == 1:
-        return {"last": last}
+    if apart or config.num_layers == 1:
+        each = {str(i): (half(shape, LAST_AXES), half(shape, LAST_AXES)) for i in range(config.num_layers - 1)}
+        return each | {"last": last}
     stacked = (config.num_layers - 1, *shape)
     return {"stack": (half(stacked, STACK_AXES), half(stacked, STACK_AXES)), "last": last}
 

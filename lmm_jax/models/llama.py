@@ -155,21 +155,23 @@ class LayerStack(nn.Module):
         """
         prefix, cache = prefix or {}, dict(cache or {})
         kept: dict[str, Any] = {}
-        if self.length > 1:
+        params, inner = self.variables.get("params", {}).get("stack"), step.replace(queries=None)
+        if apart.is_apart(params):
+            x, kept["stack"] = self._run_apart(params, x, inner, prefix.get("stack"), cache)
+        elif self.length > 1:
             inputs = (jnp.arange(self.length - 1), prefix.get("stack"))
-            (x, cache["stack"]), kept["stack"] = self._run_stack((x, cache.get("stack")), inputs, step.replace(queries=None))
+            (x, cache["stack"]), kept["stack"] = self.stack((x, cache.get("stack")), inputs, inner)
         (x, cache["last"]), kept["last"] = self.last((x, cache.get("last")), (None, prefix.get("last")), step)
         return x, kept, cache
 
-    def _run_stack(self, carry: tuple, inputs: tuple, step: Step) -> tuple[tuple, KV | None]:
-        """All layers but the last: scanned, or one after the other where their parameters lie apart."""
-        params = self.variables.get("params", {}).get("stack")
-        if not apart.is_apart(params):
-            return self.stack(carry, inputs, step)
+    def _run_apart(
+        self, params: Any, x: jax.Array, step: Step, prefix: KV | None, cache: dict[str, Any]
+    ) -> tuple[jax.Array, KV | None]:
+        """All layers but the last, one after the other; updates `cache`, of the form of `kv_cache.empty(apart=True)`."""
         kept = []
         for i in range(self.length - 1):
-            one = {"params": apart.layer(params, i)}
-            prefix = jax.tree.map(operator.itemgetter(i), inputs[1])
-            carry, new = DecoderLayer(self.config, parent=None).apply(one, carry, (jnp.int32(i), prefix), step)
+            one, inputs = apart.layer(params, i), (None, jax.tree.map(operator.itemgetter(i), prefix))
+            carry = (x, cache.get(str(i)))
+            (x, cache[str(i)]), new = DecoderLayer(self.config, parent=None).apply({"params": one}, carry, inputs, step)
             kept.append(new)
-        return carry, jax.tree.map(lambda *of: jnp.stack(of), *kept)
+        return x, jax.tree.map(lambda *of: jnp.stack(of), *kept)
