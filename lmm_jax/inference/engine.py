@@ -104,7 +104,7 @@ class Engine:
         self._place_vision = jax.jit(
             lambda x, tokens, index: self._apply({}, "place_vision", x, rearrange(tokens, "n v d -> 1 (n v) d"), index)
         )
-        self.programs = Programs(self._model, mesh, kv_cache or dtype, apart=apart.is_apart(params["layers"].get("stack")))
+        self.programs = Programs(self._model, mesh, kv_cache or dtype, apart=apart.is_apart((params or {}).get("layers")))
         self._all_logits = jax.jit(lambda params, x: self._apply(params, "decode", x)[0])
         self._loss = jax.jit(lambda params, x, labels: next_token_loss(self._apply(params, "decode", x)[0], labels))
 

@@ -76,6 +76,6 @@ def layer(stack: Any, number: int) -> Any:
     return jax.tree.map(lambda leaf: leaf[number], stack, is_leaf=lambda leaf: isinstance(leaf, tuple))
 
 
-def is_apart(stack: Any) -> bool:
-    """Whether the layers of a stack lie apart."""
-    return isinstance(jax.tree.leaves(stack, is_leaf=lambda leaf: isinstance(leaf, tuple))[0], tuple) if stack else False
+def is_apart(params: Any) -> bool:
+    """Whether the layers in a part of the parameter tree lie apart."""
+    return any(isinstance(x, tuple) for x in jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, tuple)))

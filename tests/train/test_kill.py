@@ -109,7 +109,7 @@ def assert_equal_runs(whole, killed):
 def test_two_kills(records, tmp_path):
     """One while it trains, one while it writes the model folder."""
     whole, killed = (small(tmp_path / name, records, data={"epochs": 2}) for name in ("whole", "killed"))
-    assert train(whole)
+    assert wait(launch(whole)) == 0, log(whole)
 
     process = launch(killed)
     until(lambda: saved(killed.folder), process)
