@@ -16,11 +16,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lmm_jax.config import ModelConfig
 from lmm_jax.inference.engine import Engine, Request
-from lmm_jax.models import quantization
+from lmm_jax.models import apart, quantization
 from lmm_jax.models.llava_mini import abstract_params
 from lmm_jax.sharding import leaf_paths
 
@@ -85,6 +85,10 @@ def rehearse(
     if quantize:
         paths = iter(leaf_paths(params))
         params = jax.tree.map(lambda leaf: _quantized(next(paths), leaf, quantize), params)
+    elif apart.is_wanted(params, mesh):
+        whole = NamedSharding(mesh, PartitionSpec())
+        shapes = jax.eval_shape(apart.set_all_apart, params)
+        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
     held.bytes = parameters = sum(map(_device_bytes, jax.tree.leaves(params)))
     engine = Engine(config, params, mesh, dtype=dtype, kv_cache=kv_cache, attention=attention, prefix_cache_bytes=0)
     programs: list[Program] = []

@@ -18,7 +18,6 @@ from lmm_jax.analysis.rehearsal import rehearse
 from lmm_jax.config import IMAGE_TOKEN_ID, ModelConfig
 from lmm_jax.inference.buckets import length_bucket
 from lmm_jax.inference.engine import Engine, Request
-from lmm_jax.inference.images import CHUNK
 from lmm_jax.inference.sampling import Sampling
 from lmm_jax.models import apart, prefusion
 from lmm_jax.models.llava_mini import ImagePrefix, LlavaMini, init_params
@@ -67,9 +66,10 @@ def measure(
     params = init_params(config, mesh, dtype=dtype)
     if apart.is_wanted(params, mesh):
         params = apart.set_all_apart(params)
-    with jax.set_mesh(mesh):
-        parts = _parts(LlavaMini(config, dtype, attention), params, images, text, rounds)
     engine = Engine(config, params, mesh, dtype=dtype, attention=attention, prefix_cache_bytes=2**40)
+    at_once = min(images, engine.images.at_once)
+    with jax.set_mesh(mesh):
+        parts = _parts(LlavaMini(config, dtype, attention), params, images, at_once, text, rounds)
     one, many = _request(config, images, text, 1), _request(config, images, text, 1 + NEW_TOKENS)
 
     def forgotten() -> None:
@@ -90,10 +90,9 @@ def _request(config: ModelConfig, images: int, text: int, new: int) -> Request:
     return Request(ids, list(pixels), Sampling(new))
 
 
-def _parts(model: LlavaMini, params: Any, images: int, text: int, rounds: int) -> dict[str, float]:
-    """Seconds of each component at the sizes that inference gives it; of many images those of as many as go at once."""
+def _parts(model: LlavaMini, params: Any, images: int, at_once: int, text: int, rounds: int) -> dict[str, float]:
+    """Seconds of each component at the sizes that inference gives it; those of images at `at_once` of them."""
     c, d = model.config, model.config.decoder
-    at_once = min(images, CHUNK)
     calls: dict[str, Callable[[], Any]] = {}
 
     def add(name: str, method: Callable[..., Any], *args: Any) -> Any:

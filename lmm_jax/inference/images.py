@@ -38,7 +38,12 @@ def count_images(medium: Medium) -> int:
 
 
 class ImageSide:
-    """Encodes and fuses the images of a batch."""
+    """Encodes and fuses the images of a batch.
+
+    Attributes:
+      at_once: images that go through the encoder together, at most.
+      prefixes: of pictures that may be asked about again.
+    """
 
     def __init__(self, model: LlavaMini, mesh: Mesh, cache_bytes: int) -> None:
         """Compiles nothing yet.
@@ -54,7 +59,7 @@ class ImageSide:
         each = min(CHUNK // self._multiple, room // self.prefix_bytes)  # images of a device
         self._chunk = self._multiple * _power_below(each)
         at_once = min(each, CACHE_BYTES // self._score_bytes) if processor else each
-        self._at_once = self._multiple * _power_below(at_once)
+        self.at_once = self._multiple * _power_below(at_once)
         self.prefixes = PrefixCache(cache_bytes)
         self._encode = jax.jit(lambda params, pixels: model.apply({"params": params}, pixels, method="encode_image"))
         self._fuse = jax.jit(self._add_fused_text, donate_argnums=1)
@@ -123,8 +128,8 @@ class ImageSide:
         known = {k: p for k in set(keys) if k and (p := self.prefixes.get(k))}
         first = {k: n for n, k in reversed(list(enumerate(keys)))}  # a picture that comes twice is encoded once
         missing = [n for n, k in enumerate(keys) if k not in known and (k is None or first[k] == n)]
-        for start in range(0, len(missing), self._at_once):
-            part = missing[start : start + self._at_once]
+        for start in range(0, len(missing), self.at_once):
+            part = missing[start : start + self.at_once]
             encoded = self._encode(params, self._pixels(chunk, part, None if any(keys) else size))
             if encoded.tokens.shape[0] == size and not any(keys):
                 return encoded
@@ -139,7 +144,7 @@ class ImageSide:
     def _pixels(self, chunk: list[_Item], numbers: list[int], size: int | None) -> np.ndarray:
         """Those of some of a chunk's images, padded to `size` or to as many as the encoder takes."""
         m = self._multiple
-        room = min(self._at_once, size or m * power_of_two(-(-len(numbers) // m)))
+        room = min(self.at_once, size or m * power_of_two(-(-len(numbers) // m)))
         pixels = np.zeros((room, *chunk[0].pixels.shape), chunk[0].pixels.dtype)
         for slot, n in enumerate(numbers):
             pixels[slot] = chunk[n].pixels

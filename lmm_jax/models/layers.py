@@ -30,9 +30,9 @@ def rematerialised(layer: type[nn.Module], remat: str) -> type[nn.Module]:
 class Proj(nn.Module):
     """y[…, out] = x[…, in] · kernel[in, out] (+ bias[out]); `in` and `out` may each be several axes.
 
-    Every weight matrix of the model is one of these. Its kernel may be quantised, see `quantization`, or turned,
-    see `apart`. Where the parameters
-    hold `lora_a` (in, r), `lora_b` (r, out) and `lora_scale` (), the kernel is kernel + lora_scale · lora_a · lora_b.
+    Every weight matrix of the model is one of these. Its kernel may be quantised, see `quantization`, or turned, see `apart`.
+    Where the parameters hold `lora_a` (in, r), `lora_b` (r, out) and `lora_scale` (), the kernel is
+    kernel + lora_scale · lora_a · lora_b.
 
     Attributes:
       inputs: sizes of the contracted axes, the last ones of x.

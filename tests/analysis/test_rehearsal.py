@@ -11,6 +11,7 @@ from lmm_jax.analysis.rehearsal import rehearse
 from lmm_jax.config import IMAGE_TOKEN_ID, named_sizes
 from lmm_jax.inference.engine import Engine, Request
 from lmm_jax.inference.sampling import Sampling
+from lmm_jax.models import apart
 from lmm_jax.models.kv_cache import position_bytes
 from lmm_jax.models.llava_mini import init_params
 from lmm_jax.models.quantization import quantize_leaf
@@ -78,3 +79,10 @@ def test_memory_of_a_long_video():
     assert before[1] - before[0] == positions * position_bytes(config.decoder, jnp.float32) + tokens * token
     assert next(p.runs for p in long.programs if p.name == "encode") == 4000 // 32
     assert short.parameters < before[0] < short.peak < long.peak
+
+
+def test_layers_apart_are_rehearsed_apart(monkeypatch):
+    monkeypatch.setattr(apart, "LARGE", 0)
+    found = rehearse(CONFIG, requests(1)[1:2], make_mesh(), dtype="float32")
+    assert not any(" while(" in p.text for p in found.programs if p.name == "prefill")  # unrolled
+    assert found.parameters == sum(4 * x.size for x in jax.tree.leaves(init_params(CONFIG, make_mesh())))
