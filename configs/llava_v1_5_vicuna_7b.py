@@ -14,7 +14,7 @@ def get_config() -> TrainConfig:
     """The run."""
     return TrainConfig(
         folder="runs/llava_v1_5_vicuna_7b",
-        start=StartConfig(folder="runs/llava_v1_5_stage1_vicuna_7b/model", image_aspect_ratio="pad"),
+        start=StartConfig(folder="runs/llava_v1_5_stage1_vicuna_7b/model", size="llava-v1.5-7b", image_aspect_ratio="pad"),
         data=DataConfig(mixture=INSTRUCTIONS, batch_size=128, epochs=1, max_length=2048),
         optimizer=OptimizerConfig(GROUPS, warmup=0.03, clip=1.0),
         compute=ComputeConfig(dtype="bfloat16"),

@@ -15,5 +15,5 @@ def get_config() -> TrainConfig:
     return dataclasses.replace(
         stage1_vicuna_7b.get_config(),
         folder="runs/stage1_llama_3_1_8b",
-        start=StartConfig(folder="models/llama_3_1_8b_clip"),
+        start=StartConfig(folder="models/llama_3_1_8b_clip", size="llava-v1.5-llama-3.1-8b"),
     )

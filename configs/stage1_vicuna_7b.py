@@ -12,7 +12,7 @@ def get_config() -> TrainConfig:
     """The run (spec section 10)."""
     return TrainConfig(
         folder="runs/stage1_vicuna_7b",
-        start=StartConfig(folder="models/vicuna_7b_clip"),
+        start=StartConfig(folder="models/vicuna_7b_clip", size="llava-v1.5-7b"),
         data=DataConfig(
             mixture=CAPTIONS,
             template="plain",

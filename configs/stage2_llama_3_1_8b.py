@@ -17,6 +17,6 @@ def get_config() -> TrainConfig:
     return dataclasses.replace(
         run,
         folder="runs/stage2_llama_3_1_8b",
-        start=dataclasses.replace(run.start, folder="runs/stage1_llama_3_1_8b/model"),
+        start=dataclasses.replace(run.start, folder="runs/stage1_llama_3_1_8b/model", size="llava-v1.5-llama-3.1-8b"),
         data=dataclasses.replace(run.data, mixture=INSTRUCTIONS_AND_VIDEOS, video_frames=8),
     )

@@ -12,7 +12,7 @@ def get_config() -> TrainConfig:
     """The run. How pre-fusion starts is not published: `prefusion_init` is a choice."""
     return TrainConfig(
         folder="runs/stage2_vicuna_7b",
-        start=StartConfig(folder="runs/stage1_vicuna_7b/model", compressor_size=1, prefusion_layers=4),
+        start=StartConfig(folder="runs/stage1_vicuna_7b/model", size="llava-v1.5-7b", compressor_size=1, prefusion_layers=4),
         data=DataConfig(mixture=INSTRUCTIONS, batch_size=256, epochs=2, max_length=4096),
         optimizer=OptimizerConfig(STAGE_2, warmup=0.03, clip=0.5),
         compute=ComputeConfig(dtype="bfloat16"),

@@ -215,17 +215,19 @@ def _tiny(**changes: Any) -> ModelConfig:
 def named_sizes() -> dict[str, ModelConfig]:
     """Name -> configuration of every size that is known by name (paper, table 9, and the published checkpoints)."""
     vicuna = ModelConfig()
+    llama = ModelConfig(
+        decoder=_llama_3_1_8b(),
+        template="llava_llama_3_1",
+        bos_token_id=128000,
+        eos_token_ids=(128009, 128008, 128001),
+        pad_token_id=128004,
+    )
     return {
-        "llava-mini-llama-3.1-8b": ModelConfig(
-            decoder=_llama_3_1_8b(),
-            template="llava_llama_3_1",
-            bos_token_id=128000,
-            eos_token_ids=(128009, 128008, 128001),
-            pad_token_id=128004,
-        ),
+        "llava-mini-llama-3.1-8b": llama,
         "llava-mini-vicuna-7b": vicuna,
         "llava-mini-hd-vicuna-7b": dataclasses.replace(vicuna, compressor=CompressorConfig(size=8), resolution_ratio=2),
         "llava-v1.5-7b": dataclasses.replace(vicuna, compressor=None, prefusion_layers=0, image_aspect_ratio="pad"),
+        "llava-v1.5-llama-3.1-8b": dataclasses.replace(llama, compressor=None, prefusion_layers=0, image_aspect_ratio="pad"),
         "tiny": _tiny(),
         "tiny-hd": _tiny(compressor=CompressorConfig(size=2), resolution_ratio=2),
         "tiny-llava-v1.5": _tiny(compressor=None, prefusion_layers=0),

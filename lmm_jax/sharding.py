@@ -84,7 +84,7 @@ def make_mesh(spec: str | dict[str, int] | None = None, devices: list[jax.Device
     Raises:
       UserError: unknown axis, a size that is no positive integer, or more devices wanted than there are.
     """
-    sizes = dict.fromkeys(MESH_AXES, 1) | (_parse_mesh(spec) if isinstance(spec, str) else dict(spec or {}))
+    sizes = dict.fromkeys(MESH_AXES, 1) | (parse_mesh(spec) if isinstance(spec, str) else dict(spec or {}))
     unknown = set(sizes) - set(MESH_AXES)
     if unknown or any(not isinstance(n, int) or n < 1 for n in sizes.values()):
         raise UserError(f"mesh {spec!r} is not of the form data=2,fsdp=2,tensor=2 with positive sizes")
@@ -98,7 +98,8 @@ def make_mesh(spec: str | dict[str, int] | None = None, devices: list[jax.Device
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices[:wanted])
 
 
-def _parse_mesh(spec: str) -> dict[str, int]:
+def parse_mesh(spec: str) -> dict[str, int]:
+    """``"data=1,fsdp=8"`` -> the sizes it names; raises as `make_mesh`."""
     sizes: dict[str, int] = {}
     for part in spec.split(","):
         match = re.fullmatch(r"\s*(\w+)\s*=\s*(\d+)\s*", part)
@@ -115,9 +116,8 @@ def batch_multiple(mesh: Mesh) -> int:
 
 def platform(mesh: Mesh | None = None) -> str:
     """cpu, gpu or tpu: of a mesh, or of the one that a program is made for, which need not be here; else JAX's own choice."""
-    if mesh is not None:
-        return mesh.devices.flat[0].platform
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh.abstract_mesh
+    device = getattr(mesh, "abstract_device", None)
     return device.platform if device else jax.default_backend()
 
 

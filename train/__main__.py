@@ -1,8 +1,9 @@
-"""``python -m train CONFIG [--field value …]``; also ``inspect-data CONFIG`` and ``export CONFIG``."""
+"""``python -m train CONFIG [--field value …]``; also ``inspect-data``, ``compile`` and ``export CONFIG``."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import runpy
 import sys
@@ -20,6 +21,11 @@ usage: python -m train CONFIG [--field value ...]        train, or go on with, a
                                                          what a run would read, without loading a model; shows some
                                                          records, tries the pictures and videos of some others
        python -m train export [--step N] CONFIG [...]    write the model folder of a run's last, or Nth, checkpoint
+       python -m train compile --topology v5e-64 [--images 1] [--length 4096] [--json FILE] CONFIG [...]
+                                                         what a run would take on devices that are not here: memory, mesh,
+                                                         exchange, least time of a step; TPUs: pip install 'lmm-jax[tpu-aot]'
+       python -m train compile --topology v5e-4 --serve [--rows 16] [--length 4096] [--quantize int8] CONFIG [...]
+                                                         the same of answering with the run's model
        python -m train CONFIG --help                     all fields of a configuration
 
 CONFIG is a Python file with a function get_config() -> train.config.TrainConfig, as those in configs/.
@@ -32,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if words else 2
-    command = words.pop(0) if words[0] in ("inspect-data", "export") else "train"
+    command = words.pop(0) if words[0] in _COMMANDS and words[0] != "train" else "train"
     status = 0
 
     def run() -> None:
@@ -107,21 +113,52 @@ def _inspect(words: Sequence[str]) -> int:
     return 0
 
 
+def _compile(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--topology")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--serve", action="store_true")
+    parser.add_argument("--quantize", choices=("int8", "int4"))
+    own, words = _known(parser, "compile", words)
+    numbers, words = _own("compile", words, images=1, length=None, rows=16)
+    if not own.topology:
+        raise UserError("compile needs --topology, as v5e-64, v5p-128, v6e-256 or h100-8")
+    config = _config(words)
+    from train.hardware import quiet_libtpu
+
+    quiet_libtpu()
+    from train import compile
+
+    if own.serve:
+        wanted = {"rows": max(1, numbers.rows), "length": numbers.length, "quantize": own.quantize}
+        figures = compile.serve(config, own.topology, **wanted)
+    else:
+        figures = compile.run(config, own.topology, images=numbers.images, length=numbers.length)
+    if own.json:
+        own.json.write_text(json.dumps(figures, indent=2) + "\n")
+    return 0 if figures["fits"] else 1
+
+
+def _known(parser: argparse.ArgumentParser, command: str, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """What a command takes itself, and the words that are left."""
+    try:
+        return parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{command}: {error}") from error
+
+
 def _own(command: str, words: Sequence[str], **defaults: int | None) -> tuple[argparse.Namespace, list[str]]:
     """A command's own options, numbers from 0 on, and the words that are left for `_config`."""
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    try:
-        own, left = parser.parse_known_args(words)
-    except argparse.ArgumentError as error:
-        raise UserError(f"{command}: {error}") from error
+    own, left = _known(parser, command, words)
     if any(value is not None and value < 0 for value in vars(own).values()):
         raise UserError(f"{command} takes numbers from 0 on for {', '.join(f'--{name}' for name in defaults)}")
     return own, left
 
 
-_COMMANDS = {"train": _train, "export": _export, "inspect-data": _inspect}
+_COMMANDS = {"train": _train, "export": _export, "inspect-data": _inspect, "compile": _compile}
 
 if __name__ == "__main__":
     sys.exit(main())

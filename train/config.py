@@ -69,6 +69,7 @@ class StartConfig:
 
     Attributes:
       folder: a model folder; its compressor and pre-fusion layers are kept unless the fields below say otherwise.
+      size: named sizes that the model in `folder` has, so that a run can be planned before it is there.
       scratch: sizes of a model to initialise at random, in place of `folder`.
       tokenizer: folder with tokenizer files, for `scratch`.
       compressor_size: C of a compressor to add where the model has none; None adds none.
@@ -81,6 +82,7 @@ class StartConfig:
     """
 
     folder: str = ""
+    size: str = ""
     scratch: ModelConfig | None = None
     tokenizer: str = ""
     compressor_size: int | None = None

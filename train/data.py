@@ -205,14 +205,14 @@ class Batches(Iterator[Batch]):
 
     def _load(self, index: int) -> Batch:
         bucket, records = self._data.plan[int(index)]
-        arrays = _empty(bucket, len(self._rows), self._data.model)
+        arrays = empty_arrays(bucket, len(self._rows), self._data.model)
         work = ((row, int(record)) for row, record in enumerate(records[self._rows]) if record >= 0)
         tasks = [self._pool.submit(_load_row, self._data, bucket, arrays, row, record) for row, record in work]
         skipped = [task.result() for task in tasks]
         return Batch(int(index), bucket, arrays, [s for s in skipped if s])
 
 
-def _empty(bucket: Bucket, rows: int, model: ModelConfig) -> dict[str, np.ndarray]:
+def empty_arrays(bucket: Bucket, rows: int, model: ModelConfig) -> dict[str, np.ndarray]:
     """A batch of empty slots."""
     arrays = {
         "ids": np.zeros((rows, bucket.length), np.int32),

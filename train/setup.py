@@ -7,7 +7,7 @@ import functools
 import hashlib
 import importlib.util
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -110,7 +110,8 @@ def prepare(config: TrainConfig) -> Setup:
     c = config.compute
     if config.record.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError("record.wandb is set, but Weights & Biases is not installed: pip install wandb")
-    setup = plan(config, model_config(config.start), jax.devices())
+    mesh = sharding.make_mesh(c.mesh or {"fsdp": jax.device_count()})
+    setup = plan(config, model_config(config.start), mesh)
     if setup.mesh.size != jax.device_count() and jax.process_count() > 1:
         raise UserError(f"mesh {c.mesh!r} leaves out some of {jax.device_count()} devices: with several processes use all")
     shape = (config.data.batch_size,)
@@ -119,28 +120,27 @@ def prepare(config: TrainConfig) -> Setup:
     return dataclasses.replace(setup, tokenizer=Tokenizer.load(tokenizer_folder(config.start)), rows=rows)
 
 
-def plan(config: TrainConfig, sizes: ModelConfig, devices: Sequence[jax.Device]) -> Setup:
-    """What a run would be on devices, which need not be here; without tokenizer and rows.
+def plan(config: TrainConfig, sizes: ModelConfig, mesh: Mesh) -> Setup:
+    """What a run would be on a mesh, whose devices need not be here; without tokenizer and rows.
 
     Args:
       config: of the run.
       sizes: of its model, see `model_config`.
-      devices: all that there are.
+      mesh: in place of the one that `config` names; an AbstractMesh does where nothing is compiled.
 
     Raises:
-      UserError: see `assign_groups`, `make_mesh`; a batch that the devices cannot share evenly; nothing to train.
+      UserError: see `assign_groups`; a batch that the devices cannot share evenly; nothing to train.
     """
     c = config.compute
     if c.attention not in IMPLEMENTATIONS:
         raise UserError(f"there is no attention {c.attention!r}: choose one of {', '.join(IMPLEMENTATIONS)}")
-    mesh = sharding.make_mesh(c.mesh or {"fsdp": len(devices)}, list(devices))
     parts = sharding.batch_multiple(mesh) * config.optimizer.accumulation
     if config.data.batch_size % parts:
         raise UserError(
             f"batch_size {config.data.batch_size} is not a multiple of {parts}, the devices that share the rows "
             f"times accumulation {config.optimizer.accumulation}: change one of them"
         )
-    dtype = jnp.dtype(c.dtype or (jnp.float32 if devices[0].platform == "cpu" else jnp.bfloat16))
+    dtype = jnp.dtype(c.dtype or (jnp.float32 if sharding.platform(mesh) == "cpu" else jnp.bfloat16))
     leaves = sharding.leaf_paths(abstract_start(sizes, config.lora, mesh, lambda _: dtype))
     groups = assign_groups(leaves, config.optimizer.groups)
     if all(group.learning_rate is None for group in groups.values()):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lmm_jax import checkpoint
-from lmm_jax.config import CompressorConfig, ModelConfig
+from lmm_jax.config import CompressorConfig, ModelConfig, named_sizes
 from lmm_jax.errors import UserError
 from lmm_jax.models.llava_mini import abstract_params, init_parts
 from train.config import LoraConfig, StartConfig
@@ -27,7 +27,24 @@ def model_config(start: StartConfig) -> ModelConfig:
     Raises:
       UserError: the folder is no model folder, or has already another compressor or other pre-fusion layers.
     """
-    config = start.scratch or checkpoint.read_config(start.folder)
+    return _changed(start, start.scratch or checkpoint.read_config(start.folder))
+
+
+def planned_config(start: StartConfig) -> ModelConfig:
+    """The same before the folder is there, where `start.size` says what it will hold.
+
+    Raises:
+      UserError: as `model_config`; there is no such size.
+    """
+    if not start.size or start.scratch or Path(start.folder).exists():
+        return model_config(start)
+    if start.size not in named_sizes():
+        raise UserError(f"start.size {start.size!r} is no size with a name: choose one of {', '.join(named_sizes())}")
+    return _changed(start, named_sizes()[start.size])
+
+
+def _changed(start: StartConfig, config: ModelConfig) -> ModelConfig:
+    """What a run makes of the model it starts from."""
     where = start.folder or "start.scratch"
     changes: dict[str, Any] = {}
     if start.compressor_size is not None:

@@ -233,7 +233,7 @@ def abstract_params(config: ModelConfig, mesh: Mesh, dtype: Any = None) -> Any:
       mesh: from `sharding.make_mesh`.
       dtype: of every leaf; None keeps float32.
     """
-    shapes = jax.eval_shape(lambda key: _init(config, key), jax.random.key(0))
+    shapes = jax.eval_shape(lambda: _init(config, jax.random.key(0)))  # no key here: a mesh may have no device at hand
     shardings = sharding.param_shardings(shapes, mesh)
     return jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, dtype or s.dtype, sharding=sh), shapes, shardings)
 

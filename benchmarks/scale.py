@@ -1,0 +1,133 @@
+"""What the shipped runs take on pods and clusters, before anyone pays for one:
+
+    python benchmarks/scale.py                            estimates: all runs on all topologies, one run on 8 to 1,024 chips
+    python benchmarks/scale.py --compile v5e-64 v5p-128   compiles every run for these (with libtpu, without a TPU)
+
+Each prints tables and keeps its figures in benchmarks/scale.json; what is compiled already is not compiled again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from train.hardware import quiet_libtpu  # noqa: E402
+
+quiet_libtpu()
+
+from machine import machine  # noqa: E402
+
+from train import compile, hardware, meshes, roofline  # noqa: E402
+from train.setup import plan  # noqa: E402
+from train.start import planned_config  # noqa: E402
+
+RESULT = Path(__file__).with_suffix(".json")
+RUNS = (
+    "stage1_vicuna_7b",
+    "stage1_llama_3_1_8b",
+    "stage2_vicuna_7b",
+    "stage2_llama_3_1_8b",
+    "stage2_hd_vicuna_7b",
+    "stage2_lora_vicuna_7b",
+    "llava_v1_5_stage1_vicuna_7b",
+    "llava_v1_5_vicuna_7b",
+)
+TOPOLOGIES = ("v5e-64", "v5e-256", "v5p-128", "v6e-64", "v6e-256", "a100-8", "a100-64", "h100-8", "h100-64")
+SCALED, SIZES = "stage2_llama_3_1_8b", (8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+def main() -> None:
+    """Estimates, or compiled figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compile", nargs="+", default=[], metavar="TOPOLOGY")
+    parser.add_argument("--runs", nargs="+", default=RUNS, choices=RUNS)
+    args = parser.parse_args()
+    kept = json.loads(RESULT.read_text()) if RESULT.exists() else {"compiled": {}}
+    if args.compile:
+        for run in args.runs:
+            for topology in args.compile:
+                if f"{run} {topology}" not in kept["compiled"]:
+                    print(f"\n## {run} on {topology}\n", flush=True)
+                    figures = compile.run(config_of(run), topology)
+                    kept["compiled"][f"{run} {topology}"] = figures | {"machine": machine("jax", "libtpu")}
+                    RESULT.write_text(json.dumps(kept, indent=1) + "\n")
+        return
+    kept["estimated"] = {run: estimated(run) for run in args.runs}
+    kept["scaling"] = scaling()
+    RESULT.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def config_of(run: str) -> Any:
+    """The configuration of a file in `configs/`."""
+    return importlib.import_module(f"configs.{run}").get_config()
+
+
+def estimated(run: str) -> dict[str, Any]:
+    """The best mesh of every topology, and what it takes."""
+    found = {}
+    for topology in TOPOLOGIES:
+        chip, devices, _ = hardware.parse(topology)
+        found[topology] = row(best(run, chip, devices))
+    print(f"\n## {run}, {config_of(run).data.batch_size} rows of {config_of(run).data.max_length} positions, a picture each\n")
+    print("| topology | mesh | fits | held and kept, GB | step at least, s | exchange at least, s | MFU at most |")
+    print("|---|---|---|---|---|---|---|")
+    for topology, f in found.items():
+        print(
+            f"| {topology} | {f['mesh']} | {'yes' if f['fits'] else 'no'} | {f['bytes'] / 1e9:.1f} | {told(f)} |", flush=True
+        )
+    return found
+
+
+def scaling() -> dict[str, Any]:
+    """One run on more and more chips."""
+    found: dict[str, Any] = {}
+    print(f"\n## {SCALED} on 8 to 1,024 chips\n")
+    print("| chip | devices | mesh | fits | step at least, s | exchange at least, s | MFU at most |")
+    print("|---|---|---|---|---|---|---|")
+    for name in ("v5e", "v5p", "v6e", "h100"):
+        for devices in SIZES:
+            f = row(best(SCALED, hardware.CHIPS[name], devices))
+            found[f"{name} {devices}"] = f
+            print(f"| {name} | {devices} | {f['mesh']} | {'yes' if f['fits'] else 'no'} | {told(f)} |", flush=True)
+    return found
+
+
+_WORK: dict[tuple[str, str], Any] = {}
+
+
+def best(run: str, chip: Any, devices: int) -> meshes.Candidate:
+    """The mesh that `python -m train compile` would take."""
+    config = config_of(run)
+    sizes = planned_config(config.start)
+    anywhere = plan(config, sizes, meshes.abstract_mesh("data=1", chip))
+    shape = roofline.bucket(anywhere, 1, config.data.max_length)
+    key = run, "tpu" if chip.shapes else "gpu"
+    _WORK[key] = work = _WORK.get(key) or roofline.work(anywhere, shape)
+    return meshes.candidates(config, sizes, chip, devices, shape, work)[0]
+
+
+def row(c: meshes.Candidate) -> dict[str, Any]:
+    """Its figures: bytes of a device, seconds."""
+    held = dataclasses.asdict(c.held)
+    bound = {"step": c.bound.step, **dataclasses.asdict(c.bound)}
+    return {"mesh": c.mesh, "fits": c.fits, "bytes": c.held.total + c.kept, "held": held, "kept": c.kept, "bound": bound}
+
+
+def told(f: dict[str, Any]) -> str:
+    """Three cells."""
+    b = f["bound"]
+    return f"{b['step']:.2f} | {b['exchange']:.2f} | {b['mfu']:.0%}"
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    main()

@@ -1,0 +1,144 @@
+"""Estimates of what a run takes, against the programs that XLA makes of small ones, and against sums by hand."""
+
+import dataclasses
+import math
+
+import jax
+import pytest
+
+from lmm_jax import sharding
+from lmm_jax.analysis import program
+from lmm_jax.config import named_sizes
+from lmm_jax.errors import UserError
+from train import meshes, roofline
+from train.config import ComputeConfig, DataConfig, GroupConfig, OptimizerConfig, StartConfig, TrainConfig
+from train.hardware import CHIPS
+from train.setup import plan
+
+TINY = named_sizes()["tiny"]
+V5E, H100 = CHIPS["v5e"], CHIPS["h100"]
+FROZEN = (GroupConfig("vision_tower/.*|compressor/pos_embed"), GroupConfig("(?!vision_tower/|compressor/pos_embed).*", 1e-3))
+
+
+def run(groups=FROZEN, batch=16, **compute) -> TrainConfig:
+    data = DataConfig(batch_size=batch, max_length=64, buckets=())
+    compute = ComputeConfig(dtype="bfloat16", **compute)
+    return TrainConfig("run", StartConfig(scratch=TINY), data, OptimizerConfig(groups), compute=compute)
+
+
+def planned(spec, config=None, chip=V5E):
+    setup = plan(config or run(), TINY, meshes.abstract_mesh(spec, chip))
+    return setup, roofline.bucket(setup, 1, 64)
+
+
+def test_a_mesh_of_chips_that_are_not_here():
+    setup, _ = planned("fsdp=4,tensor=2")
+    assert sharding.platform(setup.mesh) == "tpu" and setup.model.dtype == "bfloat16"
+    assert sharding.platform(planned("fsdp=4", chip=H100)[0].mesh) == "gpu"
+
+
+def test_what_is_held_is_what_the_arrays_take():
+    """The same run on devices that are here: argument bytes of the compiled step."""
+    setup, shape = planned("fsdp=4,tensor=2")
+    here = plan(run(), TINY, sharding.make_mesh("fsdp=4,tensor=2"))
+    with jax.set_mesh(here.mesh):
+        state, batch = roofline.planned_state(here), roofline.abstract_batch(here, shape)
+        compiled = here.step_function(roofline.STEPS).lower(state, batch).compile()
+    step = 4  # bytes of its number
+    assert compiled.memory_analysis().argument_size_in_bytes == roofline.held(setup, shape).total + step
+
+
+def test_frozen_parameters_have_no_optimizer_state():
+    stage_1 = (GroupConfig("mm_projector/.*", 1e-3), GroupConfig("(?!mm_projector/).*"))
+    held = roofline.held(*planned("fsdp=8", run(stage_1)))
+    assert held.frozen > 20 * held.trained
+    assert 2 * held.trained <= held.optimizer <= 2 * held.trained + 64  # two moments and counters
+
+
+def test_exchanges_are_those_of_the_compiled_program():
+    """CPU programs gather in float32, and sum whole gradients where they could scatter them."""
+    config = run(remat="none")
+    config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, dtype="float32"))
+    setup, shape = planned("fsdp=8", config)
+    found = [c for of in meshes.exchanges(setup, shape).values() for c in of]
+    here = plan(config, TINY, sharding.make_mesh("fsdp=8"))
+    with jax.set_mesh(here.mesh):
+        state, batch = roofline.planned_state(here), roofline.abstract_batch(here, shape)
+        text = here.step_function(roofline.STEPS).lower(state, batch).compile().as_text()
+    got = program.collectives(text)
+    gathered = sum(c.received for c in got if c.kind == "all-gather")
+    assert gathered == pytest.approx(sum(c.received for c in found if c.kind == "all-gather"), rel=0.25)
+    summed = sum(c.received for c in got if c.kind in ("all-reduce", "reduce-scatter"))
+    assert sum(c.received for c in found if c.kind != "all-gather") <= summed
+
+
+def test_work_does_not_depend_on_the_mesh():
+    one, eight = (roofline.work(*planned(spec)) for spec in ("data=1", "fsdp=4,tensor=2"))
+    assert one == eight
+    assert one.model_flops < one.executed_flops < 2 * one.model_flops  # remat full
+
+
+def test_remat_trades_memory_for_products():
+    none, full = (roofline.work(*planned("data=1", run(remat=remat))) for remat in ("none", "full"))
+    assert none.kept_bytes > 3 * full.kept_bytes
+    assert none.executed_flops < full.executed_flops
+    inputs = 16 * 64 * TINY.decoder.hidden_size * 2  # of each layer, in two bytes
+    assert full.kept_bytes >= TINY.decoder.num_layers * inputs
+
+
+def test_accumulation_keeps_a_part_only():
+    once = run()
+    four = dataclasses.replace(once, optimizer=dataclasses.replace(once.optimizer, accumulation=4))
+    kept = [roofline.work(*planned("data=1", config)).kept_bytes for config in (once, four)]
+    assert kept[0] == pytest.approx(4 * kept[1], rel=0.01)
+
+
+def test_candidates_share_rows_evenly():
+    config = run(batch=16)
+    found = list(meshes.specs(config, 32))
+    assert "data=1,fsdp=16,tensor=2" in found and not any(spec.endswith("tensor=1") for spec in found)
+    for spec in found:
+        assert math.prod(sharding.parse_mesh(spec).values()) == 32
+    assert not list(meshes.specs(run(batch=12), 64))
+
+
+def test_no_mesh_is_told():
+    config = run(batch=12)
+    _, shape = planned("data=1", config)
+    with pytest.raises(UserError, match="no mesh of 64 devices shares 12 rows in 1 parts evenly"):
+        meshes.candidates(config, TINY, V5E, 64, shape, roofline.Work(1, 1, 1))
+
+
+def test_the_fastest_that_fits_comes_first():
+    config = run(batch=64)
+    setup, shape = planned("data=1", config)
+    work = roofline.work(setup, shape)
+    held = roofline.held(setup, shape)
+    small = dataclasses.replace(V5E, memory=0.6 * held.total)
+    found = meshes.candidates(config, TINY, small, 8, shape, work)
+    fits = [c.fits for c in found]
+    assert fits == sorted(fits, reverse=True) and fits[0] and not fits[-1]
+    first = [c.bound.step for c in found if c.fits]
+    assert first == sorted(first)
+    named = dataclasses.replace(config, compute=dataclasses.replace(config.compute, mesh="data=2,fsdp=4"))
+    assert [c.mesh for c in meshes.candidates(named, TINY, V5E, 8, shape, work)] == ["data=2,fsdp=4"]
+
+
+def test_exchanges_between_islands_wait_for_the_network():
+    gather = [program.Collective("all-gather", 16, 15e9, 1)]
+    inside = [program.Collective("all-gather", 8, 7e9, 1)]
+    assert roofline.receiving(H100, inside) == pytest.approx(7e9 / 450e9)
+    # 16 GB in all, 8 of them from the other island, which eight adapters share
+    slow = dataclasses.replace(H100, network=10e9)
+    assert roofline.receiving(slow, gather) == pytest.approx(8e9 / 8 / 10e9)
+    assert roofline.receiving(H100, gather) == pytest.approx(15e9 / 450e9)  # the links take longer
+    # neighbours eight devices apart have no link at all
+    assert roofline.receiving(H100, inside, stride=8) == pytest.approx(7e9 / 50e9)
+
+
+def test_bounds():
+    held = roofline.Held(10, 20, 30, 40)
+    bound = roofline.bound(V5E, 2, roofline.Work(197e12, 394e12, 8.0), held, 0.5)
+    assert (bound.compute, bound.exchange, bound.step) == (1.0, 0.5, 1.0)
+    assert bound.memory == pytest.approx((2 * 40 + 20 + 40 + 8) / 819e9)
+    assert bound.mfu == pytest.approx(0.5)

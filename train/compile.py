@@ -1,0 +1,216 @@
+"""``python -m train compile CONFIG --topology v5e-64``: what a run would take on devices that are not here.
+
+The step that `python -m train` would run is compiled by libtpu's own compiler, which needs no TPU. For GPUs, and for the
+meshes that are not compiled, the estimates of `train.meshes` stand alone, and say so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmm_jax import sharding
+from lmm_jax.analysis import program
+from lmm_jax.analysis.program import Collective
+from lmm_jax.analysis.rehearsal import rehearse
+from lmm_jax.config import IMAGE_TOKEN_ID
+from lmm_jax.errors import UserError
+from lmm_jax.inference.engine import Request
+from lmm_jax.inference.sampling import Sampling
+from train import hardware, meshes, roofline
+from train.config import TrainConfig
+from train.hardware import Chip
+from train.meshes import Candidate
+from train.plan import Bucket
+from train.roofline import Work
+from train.setup import Setup, plan
+from train.start import planned_config
+
+SHOWN = 6  # meshes in the table
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A compiled step; bytes are those of one device.
+
+    Attributes:
+      peak: all that is alive at once at most; where it does not fit, what it would be.
+      temporaries: of it, what the step makes and drops.
+      collectives: what is received.
+      seconds: that compiling took.
+      fits: whether the compiler found room.
+    """
+
+    peak: float
+    temporaries: float
+    collectives: list[Collective]
+    seconds: float
+    fits: bool
+
+
+def run(config: TrainConfig, topology: str, *, images: int = 1, length: int | None = None, tries: int = 3) -> dict[str, Any]:
+    """Compiles the step on the best mesh that fits, prints what it takes, and returns the figures.
+
+    Args:
+      config: of the run; where it names no mesh, one is chosen.
+      topology: see `hardware.parse`.
+      images: pictures of each row, 0 for text; frames where rows are videos.
+      length: decoder positions of each row; None is the longest that the run allows.
+      tries: meshes that are compiled at most, until one fits.
+
+    Raises:
+      UserError: an unknown topology, no libtpu; see `meshes.candidates`.
+    """
+    chip, devices, shape_name = hardware.parse(topology)
+    sizes = planned_config(config.start)
+    anywhere = plan(config, sizes, meshes.abstract_mesh("data=1", chip))
+    shape = roofline.bucket(anywhere, images, length or config.data.max_length)
+    work = roofline.work(anywhere, shape)
+    found = meshes.candidates(config, sizes, chip, devices, shape, work)
+    print(_head(config, topology, chip, devices, shape, work), end="\n\n")
+    print(_mesh_table(found), flush=True)
+    compiled, chosen = None, found[0]
+    if shape_name:
+        for chosen in found[:tries]:
+            mesh = sharding.make_mesh(chosen.mesh, hardware.described(shape_name))
+            compiled = compile_step(plan(config, sizes, mesh), shape)
+            if compiled.fits:
+                break
+            print(f"\n{chosen.mesh} does not fit: it would take {compiled.peak / 1e9:.1f} GB", flush=True)
+    figures = _figures(chip, devices, work, chosen, compiled)
+    print("\n" + _told(chip, chosen, compiled, figures))
+    return {"topology": topology, "mesh": chosen.mesh, "batch": dataclasses.asdict(shape), **figures}
+
+
+def serve(config: TrainConfig, topology: str, *, rows: int, length: int | None, quantize: str | None) -> dict[str, Any]:
+    """Compiles what answering takes, tensor parallel, prints what each program holds, and returns the figures.
+
+    Args:
+      config: of the run whose model is meant.
+      topology: see `hardware.parse`.
+      rows: questions that are answered at once, of one picture each.
+      length: positions of a question and its answer; None is the longest that the run allows.
+      quantize: int8 or int4 weights.
+
+    Raises:
+      UserError: an unknown topology, or one of GPUs; no libtpu.
+    """
+    chip, devices, shape_name = hardware.parse(topology)
+    if not shape_name:
+        raise UserError(f"{topology} cannot be compiled for here, only TPUs can: choose one of them")
+    sizes = planned_config(config.start)
+    tensor = math.gcd(devices, sizes.decoder.num_kv_heads)
+    spec = {"data": devices // tensor, "tensor": tensor}
+    mesh = sharding.make_mesh(spec, hardware.described(shape_name))
+    length = length or config.data.max_length
+    ids = np.full(length // 2, IMAGE_TOKEN_ID, np.int32)
+    ids[1:] = 0
+    side = sizes.vision.image_size
+    picture = np.zeros((sizes.tiles, side, side, 3), np.uint8)
+    asked = [Request(ids, [picture], Sampling(length // 2))] * rows
+    found = rehearse(sizes, asked, mesh, dtype=jnp.bfloat16, quantize=quantize)
+    fits = found.peak <= chip.memory
+    print(f"{topology}: {devices} x {chip.kind}, {chip.memory / 1e9:.1f} GB each; data={spec['data']},tensor={tensor}")
+    print(f"{rows} questions about a picture each, {length} positions with their answers, weights {quantize or 'bfloat16'}\n")
+    print("| program | temporaries, GB | all that is alive, GB |\n|---|---|---|")
+    for p in found.programs:
+        print(f"| {p.name} | {p.temporaries / 1e9:.2f} | {p.peak / 1e9:.2f} |")
+    verdict = "It fits." if fits else "It does not fit: more devices, fewer rows, shorter ones, or --quantize int8"
+    held = f"parameters {found.parameters / 1e9:.2f} GB, at most {found.peak / 1e9:.2f} of {chip.memory / 1e9:.1f} GB"
+    print(f"\n{held}. {verdict}")
+    memory = {"parameters": found.parameters, "peak": found.peak, "of": chip.memory}
+    return {"topology": topology, "mesh": spec, "rows": rows, "length": length, "memory": memory, "fits": fits}
+
+
+def compile_step(setup: Setup, shape: Bucket) -> Compiled:
+    """The step of a run, compiled for the setup's mesh."""
+    start = time.monotonic()
+    with jax.set_mesh(setup.mesh):
+        state, batch = roofline.planned_state(setup), roofline.abstract_batch(setup, shape)
+        lowered = setup.step_function(roofline.STEPS).lower(state, batch)
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            used = re.search(r"Used ([\d.]+)([GM]) of", str(error))
+            if "RESOURCE_EXHAUSTED" not in str(error) or not used:
+                raise
+            size = float(used[1]) * {"G": 2**30, "M": 2**20}[used[2]]
+            return Compiled(size, size, [], time.monotonic() - start, False)
+    memory = compiled.memory_analysis()
+    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+    exchanged = program.collectives(compiled.as_text())
+    return Compiled(peak, memory.temp_size_in_bytes, exchanged, time.monotonic() - start, True)
+
+
+def _figures(chip: Chip, devices: int, work: Work, chosen: Candidate, compiled: Compiled | None) -> dict[str, Any]:
+    """What is printed, as numbers: bytes of one device, seconds, FLOPs of all devices."""
+    held = dataclasses.asdict(chosen.held)
+    exchanged = compiled.collectives if compiled and compiled.fits else chosen.exchanged
+    seconds = roofline.receiving(chip, compiled.collectives) if compiled and compiled.fits else chosen.bound.exchange
+    bound = roofline.bound(chip, devices, work, chosen.held, seconds)
+    peak = compiled.peak if compiled else chosen.held.total + chosen.kept
+    fits = compiled.fits if compiled else chosen.fits
+    temporaries = max(0.0, compiled.temporaries - chosen.kept) if compiled else None
+    memory = {**held, "activations": chosen.kept, "temporaries": temporaries, "peak": peak, "of": chip.memory}
+    return {
+        "compiled": bool(compiled),
+        "fits": fits,
+        "memory": memory,
+        "flops": {"model": work.model_flops, "executed": work.executed_flops},
+        "collectives": [dataclasses.asdict(c) for c in exchanged],
+        "bound": {**dataclasses.asdict(bound), "step": bound.step},
+        "seconds_to_compile": compiled.seconds if compiled else None,
+    }
+
+
+def _head(config: TrainConfig, topology: str, chip: Chip, devices: int, shape: Bucket, work: Work) -> str:
+    per = f"{config.data.batch_size} rows of {shape.length} positions, {shape.images} pictures each"
+    parts = f" in {config.optimizer.accumulation} parts" if config.optimizer.accumulation > 1 else ""
+    return (
+        f"{topology}: {devices} x {chip.kind}, {chip.memory / 1e9:.1f} GB each\n"
+        f"a step: {per}{parts}; remat {config.compute.remat}\n"
+        f"{work.model_flops / 1e15:.2f} PFLOPs of the model, {work.executed_flops / 1e15:.2f} with what is computed again"
+    )
+
+
+def _mesh_table(found: list[Candidate]) -> str:
+    lines = ["| mesh | state, GB | activations, GB | step at least, s | MFU at most |", "|---|---|---|---|---|"]
+    for c in found[:SHOWN]:
+        fits = "" if c.fits else " (does not fit)"
+        held, kept = c.held.total / 1e9, c.kept / 1e9
+        lines.append(f"| {c.mesh}{fits} | {held:.2f} | {kept:.2f} | {c.bound.step:.2f} | {c.bound.mfu:.0%} |")
+    more = f"\n{len(found) - SHOWN} more are slower or do not fit." if len(found) > SHOWN else ""
+    return "Estimated:\n" + "\n".join(lines) + more
+
+
+def _told(chip: Chip, chosen: Candidate, compiled: Compiled | None, figures: dict[str, Any]) -> str:
+    memory, bound = figures["memory"], figures["bound"]
+    how = f"compiled in {compiled.seconds:.0f} s" if compiled else "estimated, not compiled"
+    kinds = {
+        "trained": "trained parameters",
+        "frozen": "frozen parameters",
+        "optimizer": "optimiser",
+        "batch": "batch",
+        "activations": "activations kept for the backward pass",
+        "temporaries": "temporaries",
+    }
+    lines = [f"{chosen.mesh}, {how}:", "", "| memory of a device | GB |", "|---|---|"]
+    lines += [f"| {text} | {memory[k] / 1e9:.2f} |" for k, text in kinds.items() if memory[k] is not None]
+    lines += [f"| all that is alive at once | {memory['peak'] / 1e9:.2f} of {chip.memory / 1e9:.1f} |", ""]
+    lines += ["| collective | devices | GB received | times |", "|---|---|---|---|"]
+    for c in figures["collectives"]:
+        lines.append(f"| {c['kind']} | {c['group']} | {c['received'] / 1e9:.2f} | {c['count'] or ''} |")
+    verdict = "It fits" if figures["fits"] else "It does not fit: more devices, optimizer.accumulation, or shorter rows"
+    lines += [
+        "",
+        f"A step takes at least {bound['step']:.2f} s (products {bound['compute']:.2f}, memory {bound['memory']:.2f}, "
+        f"exchange {bound['exchange']:.2f}); MFU at most {bound['mfu']:.0%}. {verdict}.",
+    ]
+    return "\n".join(lines)
