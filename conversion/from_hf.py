@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -49,19 +50,24 @@ class Options:
     report: Callable[[str], object] = print
 
 
-def from_hf(src: str, dst: str, options: Options, *, base: str | None = None, vision: str | None = None) -> None:
-    """Converts a LLaVA-Mini or LLaVA-v1.5 checkpoint, whole or LoRA (spec section 9). Writes all of `dst` or nothing.
+class Opened(NamedTuple):
+    """A checkpoint whose tensors all fit; none is read yet.
 
-    Args:
-      src: folder or hub name.
-      dst: the model folder to write.
-      options: see `Options`.
-      base: folder or hub name of the base that a LoRA adapter is merged on, instead of the one the adapter names.
-      vision: folder or hub name of the vision encoder, instead of ``mm_vision_tower``. Weights in the checkpoint win.
-
-    Raises:
-      UserError: anything that does not fit; every tensor that is unknown, missing, duplicate or mis-shaped is listed.
+    Attributes:
+      config: of the model.
+      leaves: by their names in a model folder.
+      tokenizer: as found, or as asked for.
+      folders: that may hold its other files, the most specific first.
     """
+
+    config: ModelConfig
+    leaves: dict[str, LazyLeaf]
+    tokenizer: Tokenizer
+    folders: list[Path]
+
+
+def open_checkpoint(src: str, options: Options, *, base: str | None = None, vision: str | None = None) -> Opened:
+    """What `from_hf` would write; arguments and errors are its own."""
     patterns = ignore_patterns(options.ignore)
     folder = resolve(src)
     tensors, folders = _open(folder, base)
@@ -79,7 +85,24 @@ def from_hf(src: str, dst: str, options: Options, *, base: str | None = None, vi
     config = model_from_hf(hf, _generation(folders), vision_config, tokenizer, str(hf_folder / "config.json"))
     leaves, ignored = match(table(config), _together(tensors, separate), patterns, src)
     _report_ignored(ignored, options)
-    _write(dst, config, leaves, tokenizer, folders, options)
+    return Opened(config, leaves, tokenizer, folders)
+
+
+def from_hf(src: str, dst: str, options: Options, *, base: str | None = None, vision: str | None = None) -> None:
+    """Converts a LLaVA-Mini or LLaVA-v1.5 checkpoint, whole or LoRA (spec section 9). Writes all of `dst` or nothing.
+
+    Args:
+      src: folder or hub name.
+      dst: the model folder to write.
+      options: see `Options`.
+      base: folder or hub name of the base that a LoRA adapter is merged on, instead of the one the adapter names.
+      vision: folder or hub name of the vision encoder, instead of ``mm_vision_tower``. Weights in the checkpoint win.
+
+    Raises:
+      UserError: anything that does not fit; every tensor that is unknown, missing, duplicate or mis-shaped is listed.
+    """
+    opened = open_checkpoint(src, options, base=base, vision=vision)
+    _write(dst, opened.config, opened.leaves, opened.tokenizer, opened.folders, options)
 
 
 def compose(llm: str, vision: str, dst: str, options: Options, *, seed: int = 0) -> None:

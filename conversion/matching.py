@@ -72,7 +72,7 @@ def match(
         if tensor.dtype not in WEIGHT_DTYPES:
             faults.append(Fault("wrong dtype", entry.tensor, f" {tensor.dtype}, expected fp16, bf16 or fp32"))
         for index, (name, shape) in enumerate(entry.leaves):
-            leaves[name] = LazyLeaf(shape, tensor.dtype, _reader(entry, index, tensor))
+            leaves[name] = LazyLeaf(shape, tensor.dtype, _reader(entry, index, tensor), _part_reader(entry, index, tensor))
     if faults:
         raise UserError(f"the tensors of {where} do not fit its configuration, nothing was written: {listed(faults)}")
     return leaves, sorted(ignored)
@@ -80,6 +80,17 @@ def match(
 
 def _reader(entry: Entry, index: int, tensor: LazyLeaf) -> Callable[[], np.ndarray]:
     return lambda: entry.leaf(index, tensor.read())
+
+
+def _part_reader(entry: Entry, number: int, tensor: LazyLeaf) -> Callable[[tuple[slice, ...]], np.ndarray]:
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        place = entry.place(number, index)
+        if place is None or tensor.part is None:
+            return entry.leaf(number, tensor.read())[index]
+        shape = tuple(part.stop - part.start for part in index)
+        return np.ascontiguousarray(entry.transform.forward(tensor.part(place), shape))
+
+    return read
 
 
 def _equal(head: LazyLeaf, embedding: LazyLeaf | None) -> bool:

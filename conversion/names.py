@@ -6,6 +6,7 @@ Nothing here touches a value; how values change is `conversion.transforms`. Sour
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -32,6 +33,31 @@ class Entry:
         """Leaf number `index`, contiguous, from the tensor (`shape`), dtype kept."""
         part = np.split(tensor, len(self.leaves))[index]
         return np.ascontiguousarray(self.transform.forward(part, self.leaves[index][1]))
+
+    def place(self, index: int, part: tuple[slice, ...]) -> tuple[slice, ...] | None:
+        """Where a slice of leaf number `index` lies in the tensor, itself a slice; None where it is not one.
+
+        Inputs and outputs of a kernel may be cut along their first axis, as meshes cut them: whole heads, not parts of each.
+        """
+        shape = self.leaves[index][1]
+        rows = self.shape[0] // len(self.leaves)
+        if self.transform is RESHAPE and len(self.shape) == len(shape):
+            groups = [(i, i + 1) for i in range(len(shape))]
+        elif self.transform is RESHAPE and len(self.shape) == 1:
+            groups = [(0, len(shape))]
+        elif self.transform is LINEAR:
+            inputs = next(i for i in range(len(shape) + 1) if math.prod(shape[:i]) == self.shape[1])
+            groups = [(inputs, len(shape)), (0, inputs)]
+        else:
+            return None
+        place = []
+        for start, stop in groups:
+            inner = math.prod(shape[start + 1 : stop])
+            if any((p.start, p.stop) != (0, n) for p, n in zip(part[start + 1 : stop], shape[start + 1 : stop])):
+                return None
+            place.append(slice(part[start].start * inner, part[start].stop * inner))
+        place[0] = slice(place[0].start + index * rows, place[0].stop + index * rows)
+        return tuple(place)
 
     def join(self, leaves: list[np.ndarray]) -> np.ndarray:
         """The tensor (`shape`), contiguous, from all its leaves in order; the inverse of `leaf`."""

@@ -157,7 +157,13 @@ def _lazy(path: Path, name: str, shape: tuple[int, ...], dtype: Any) -> LazyLeaf
         with safe_open(path, framework="numpy") as file:  # opened anew each time: an open map keeps what was read in memory
             return file.get_tensor(name)
 
-    return LazyLeaf(shape, np.dtype(dtype), read)
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        from safetensors import safe_open
+
+        with safe_open(path, framework="numpy") as file:
+            return file.get_slice(name)[index]
+
+    return LazyLeaf(shape, np.dtype(dtype), read, part)
 
 
 def shorten(names: Iterable[str], most: int = 8) -> str:

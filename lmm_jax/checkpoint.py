@@ -184,6 +184,31 @@ def load_params(
     return jax.tree.unflatten(jax.tree.structure(abstract), loaded)
 
 
+def place_leaves(leaves: Mapping[str, LazyLeaf], abstract: Any) -> Any:
+    """Parameters from leaves by their names on disk, each device's slice read alone where the leaf can do that.
+
+    Args:
+      leaves: all that `disk_names` names, of the right shapes.
+      abstract: the parameter tree as ShapeDtypeStructs with `.sharding`; values are cast to its dtypes.
+    """
+
+    def place(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        layers, read = [leaves[name] for name in names[path]], {}
+
+        def at(index: tuple[slice, ...]) -> np.ndarray:
+            index = tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, leaf.shape))
+            key = str(index)  # devices that hold the same share what is read
+            if key not in read:
+                found = [x.take(index[1:]) for x in layers[index[0]]] if "/stack/" in path else layers[0].take(index)
+                read[key] = np.asarray(found, leaf.dtype)
+            return read[key]
+
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, at)
+
+    names, paths = disk_names(abstract), leaf_paths(abstract)
+    return jax.tree.unflatten(jax.tree.structure(abstract), [place(path, leaf) for path, leaf in paths.items()])
+
+
 def _place(folder: Path, store: ts.TensorStore, leaf: jax.ShapeDtypeStruct, dtype: Any) -> jax.Array:
     """Reads each different slice once, all at the same time, and hands it to the devices that hold it."""
     dtype = jnp.dtype(leaf.dtype if dtype is None else dtype)

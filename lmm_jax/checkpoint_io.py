@@ -34,11 +34,19 @@ DATA_FILE_BYTES = 256 * 2**20  # TensorStore keeps up to this much in memory bef
 
 @dataclasses.dataclass(frozen=True)
 class LazyLeaf:
-    """An array that is produced by ``read()`` only when it is written; ``read`` returns exactly `shape` and `dtype`."""
+    """An array that is produced by ``read()`` only when it is written; ``read`` returns exactly `shape` and `dtype`.
+
+    ``part`` reads no more than a slice, from starts to stops, where the source can; None where all has to be read for it.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
+    part: Callable[[tuple[slice, ...]], np.ndarray] | None = None
+
+    def take(self, index: tuple[slice, ...]) -> np.ndarray:
+        """A slice."""
+        return self.part(index) if self.part else self.read()[index]
 
 
 def num_bytes(leaf: LazyLeaf | np.ndarray) -> int:

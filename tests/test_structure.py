@@ -68,7 +68,7 @@ ROOMS = {
         "lmm_jax.inference",
         "lmm_jax.cli",
     },
-    "conversion": {"lmm_jax.errors", "lmm_jax.config", "lmm_jax.checkpoint", "lmm_jax.data", "lmm_jax.cli"},
+    "conversion": {"lmm_jax.errors", "lmm_jax.config", "lmm_jax.checkpoint", "lmm_jax.models", "lmm_jax.data", "lmm_jax.cli"},
 }
 FILES = sorted(p for folder in ("lmm_jax", "conversion", "train") for p in (ROOT / folder).rglob("*.py"))
 

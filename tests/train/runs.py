@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -144,6 +145,21 @@ def launch(config: TrainConfig, *, devices: int = 1, **environment: str) -> subp
     environment = os.environ | {"XLA_FLAGS": " ".join(flags)} | environment
     with log_file(config, environment).open("w") as out:
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
+
+
+def launch_all(config: TrainConfig, processes: int, devices: int) -> list[subprocess.Popen]:
+    """The same as so many processes of one run, each with so many devices; `log` takes a process's number."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    shared = {"LMM_COORDINATOR": f"localhost:{port}", "LMM_PROCESSES": str(processes)}
+    return [launch(config, devices=devices, **shared, LMM_PROCESS=str(i)) for i in range(processes)]
+
+
+def wait_all(config: TrainConfig, processes: list[subprocess.Popen]) -> tuple[list[int], str]:
+    """Their exit statuses, and what all have said."""
+    statuses = [wait(process) for process in processes]
+    return statuses, "\n".join(log(config, i) for i in range(len(processes)))
 
 
 def log_file(config: TrainConfig, environment: Mapping[str, str]) -> Path:

@@ -1,13 +1,13 @@
 """Two processes of four devices each train, stop, resume and write one run, as one process of eight devices does."""
 
 import dataclasses
+import random
 import shutil
 import signal
-import socket
 from pathlib import Path
 
 import pytest
-from runs import STAGE_2, figures, launch, leaves, log, saved, small, until, wait, write_data, write_start
+from runs import STAGE_2, figures, launch_all, leaves, saved, small, until, wait_all, write_data, write_start
 from support import relative_error
 
 from train.config import SourceConfig
@@ -46,37 +46,23 @@ def run_of(folder, records, start, mesh):
     )
 
 
-def launch_two(config):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    shared = {"LMM_COORDINATOR": f"localhost:{port}", "LMM_PROCESSES": "2"}
-    return [launch(config, devices=4, **shared, LMM_PROCESS=str(i)) for i in range(2)]
-
-
-def both(config, processes):
-    """Their exit statuses, and what both have said."""
-    statuses = [wait(process) for process in processes]
-    return statuses, "\n".join(log(config, i) for i in range(2))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES[:2])
 def test_as_one_process(records, start, tmp_path, mesh):
     one, two = (run_of(tmp_path / name, records, start, mesh) for name in ("one", "two"))
     assert train(one)
 
-    processes = launch_two(two)
+    processes = launch_all(two, 2, 4)
     until(lambda: figures(two.folder), processes[0])
     processes[1].send_signal(signal.SIGTERM)
-    statuses, said = both(two, processes)
+    statuses, said = wait_all(two, processes)
     assert statuses == [143, 143], said
     stopped = saved(two.folder)[-1]
     assert stopped >= 3 and said.count(f"asked to stop: saved step {stopped} of 7") == 2, said
     assert not Path(two.folder, "model").exists()
     shutil.copytree(two.folder, tmp_path / "onto")
 
-    statuses, said = both(two, launch_two(two))
+    statuses, said = wait_all(two, launch_all(two, 2, 4))
     assert statuses == [0, 0], said
     assert said.count(f"going on from step {stopped}") == 2
     assert_close(one, two)
@@ -84,6 +70,31 @@ def test_as_one_process(records, start, tmp_path, mesh):
     onto = run_of(tmp_path / "onto", records, start, MESHES[2])
     assert train(onto)
     assert_close(one, onto)
+
+
+@pytest.mark.slow
+def test_one_of_four_is_killed(records, start, tmp_path):
+    """The others end by themselves; the job goes on with four processes, with two, and with one."""
+    mesh = "data=2,fsdp=2,tensor=2"
+    one, four = (run_of(tmp_path / name, records, start, mesh) for name in ("one", "four"))
+    assert train(one)
+
+    processes = launch_all(four, 4, 2)
+    until(lambda: saved(four.folder), processes[0])
+    processes[random.randrange(4)].kill()
+    statuses, said = wait_all(four, processes)
+    assert all(statuses), (statuses, said)
+    assert not Path(four.folder, "model").exists()
+    last = saved(four.folder)[-1]
+    for name in ("two", "alone"):
+        shutil.copytree(four.folder, tmp_path / name)
+
+    for name, processes, devices in (("four", 4, 2), ("two", 2, 4), ("alone", 1, 8)):
+        again = run_of(tmp_path / name, records, start, mesh)
+        statuses, said = wait_all(again, launch_all(again, processes, devices))
+        assert not any(statuses), said
+        assert said.count(f"going on from step {last}") == processes, said
+        assert_close(one, again)
 
 
 def assert_close(one, other):
