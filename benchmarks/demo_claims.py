@@ -34,6 +34,8 @@ from train.config import GroupConfig, StartConfig, TrainConfig  # noqa: E402
 from train.loop import train  # noqa: E402
 
 RESULTS = Path(__file__).with_suffix(".json")
+CACHE = f"{demo.FOLDER}/claims/lengths"
+BUCKETS = (72, 104, 136, 168, 208, 256)  # for rows with 1 to 64 tokens of a picture
 ALL_TOKENS = "all 64 tokens, no fusion (LLaVA-v1.5)"
 ARMS: dict[str, dict[str, Any]] = {
     ALL_TOKENS: {},
@@ -107,7 +109,9 @@ def arm(name: str, changes: dict[str, Any], seed: int, steps: int) -> TrainConfi
         base,
         folder=f"{demo.FOLDER}/claims/{'_'.join(name.replace(',', '').split())}_{seed}_{steps}",
         start=StartConfig(folder=f"{beginning()[-1].folder}/model", seed=seed, **changes),
-        data=dataclasses.replace(base.data, sources=demo.sources("world", "images"), epochs=1, seed=seed),
+        data=dataclasses.replace(
+            base.data, sources=demo.sources("world", "images"), epochs=1, seed=seed, cache=CACHE, buckets=BUCKETS
+        ),
         optimizer=dataclasses.replace(base.optimizer, groups=groups),
         held_out=dataclasses.replace(base.held_out, sources=()),
         max_steps=steps,

@@ -26,8 +26,7 @@ quiet_libtpu()
 
 from machine import machine  # noqa: E402
 
-from train import compile, hardware, meshes, roofline  # noqa: E402
-from train.setup import plan  # noqa: E402
+from train import compile, hardware, meshes  # noqa: E402
 from train.start import planned_config  # noqa: E402
 
 RESULT = Path(__file__).with_suffix(".json")
@@ -61,7 +60,7 @@ def main() -> None:
                     kept["compiled"][f"{run} {topology}"] = figures | {"machine": machine("jax", "libtpu")}
                     RESULT.write_text(json.dumps(kept, indent=1) + "\n")
         return
-    kept["estimated"] = {run: estimated(run) for run in args.runs}
+    kept["estimated"] = kept.get("estimated", {}) | {run: estimated(run) for run in args.runs}
     kept["scaling"] = scaling()
     RESULT.write_text(json.dumps(kept, indent=1) + "\n")
 
@@ -78,7 +77,7 @@ def estimated(run: str) -> dict[str, Any]:
         chip, devices, _ = hardware.parse(topology)
         found[topology] = row(best(run, chip, devices))
     print(f"\n## {run}, {config_of(run).data.batch_size} rows of {config_of(run).data.max_length} positions, a picture each\n")
-    print("| topology | mesh | fits | held and kept, GB | step at least, s | exchange at least, s | MFU at most |")
+    print("| topology | mesh | fits | memory, GB | step at least, s | exchange at least, s | MFU at most |")
     print("|---|---|---|---|---|---|---|")
     for topology, f in found.items():
         print(
@@ -88,38 +87,39 @@ def estimated(run: str) -> dict[str, Any]:
 
 
 def scaling() -> dict[str, Any]:
-    """One run on more and more chips."""
+    """One run on more and more chips; TPUs beyond a pod are several pods, which a network joins."""
     found: dict[str, Any] = {}
     print(f"\n## {SCALED} on 8 to 1,024 chips\n")
     print("| chip | devices | mesh | fits | step at least, s | exchange at least, s | MFU at most |")
     print("|---|---|---|---|---|---|---|")
     for name in ("v5e", "v5p", "v6e", "h100"):
         for devices in SIZES:
-            f = row(best(SCALED, hardware.CHIPS[name], devices))
+            chip = hardware.CHIPS[name]
+            if devices in chip.shapes:
+                chip = hardware.with_links(chip, chip.shapes[devices])
+            f = row(best(SCALED, chip, devices))
             found[f"{name} {devices}"] = f
             print(f"| {name} | {devices} | {f['mesh']} | {'yes' if f['fits'] else 'no'} | {told(f)} |", flush=True)
     return found
 
 
-_WORK: dict[tuple[str, str], Any] = {}
+_PLANNED: dict[tuple[str, bool], Any] = {}
 
 
 def best(run: str, chip: Any, devices: int) -> meshes.Candidate:
     """The mesh that `python -m train compile` would take."""
     config = config_of(run)
-    sizes = planned_config(config.start)
-    anywhere = plan(config, sizes, meshes.abstract_mesh("data=1", chip))
-    shape = roofline.bucket(anywhere, 1, config.data.max_length)
-    key = run, "tpu" if chip.shapes else "gpu"
-    _WORK[key] = work = _WORK.get(key) or roofline.work(anywhere, shape)
-    return meshes.candidates(config, sizes, chip, devices, shape, work)[0]
+    sizes, key = planned_config(config.start), (run, bool(chip.shapes))
+    if key not in _PLANNED:
+        _PLANNED[key] = compile.planned(config, sizes, chip, 1, config.data.max_length)
+    return meshes.candidates(config, sizes, chip, devices, *_PLANNED[key])[0]
 
 
 def row(c: meshes.Candidate) -> dict[str, Any]:
     """Its figures: bytes of a device, seconds."""
     held = dataclasses.asdict(c.held)
     bound = {"step": c.bound.step, **dataclasses.asdict(c.bound)}
-    return {"mesh": c.mesh, "fits": c.fits, "bytes": c.held.total + c.kept, "held": held, "kept": c.kept, "bound": bound}
+    return {"mesh": c.mesh, "fits": c.fits, "bytes": c.bytes, "held": held, "kept": c.kept, "bound": bound}
 
 
 def told(f: dict[str, Any]) -> str:

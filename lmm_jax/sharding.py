@@ -14,6 +14,8 @@ import re
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lmm_jax.errors import UserError
@@ -84,22 +86,31 @@ def make_mesh(spec: str | dict[str, int] | None = None, devices: list[jax.Device
     Raises:
       UserError: unknown axis, a size that is no positive integer, or more devices wanted than there are.
     """
-    sizes = dict.fromkeys(MESH_AXES, 1) | (parse_mesh(spec) if isinstance(spec, str) else dict(spec or {}))
-    unknown = set(sizes) - set(MESH_AXES)
-    if unknown or any(not isinstance(n, int) or n < 1 for n in sizes.values()):
-        raise UserError(f"mesh {spec!r} is not of the form data=2,fsdp=2,tensor=2 with positive sizes")
+    sizes = mesh_sizes(spec)
     devices = jax.devices() if devices is None else devices
     wanted = math.prod(sizes.values())
     if wanted > len(devices):
         raise UserError(f"mesh {spec!r} needs {wanted} devices, but there are {len(devices)}: choose sizes whose product fits")
     if wanted < len(devices) and spec:
         logger.warning("mesh %s uses %d of %d devices", spec, wanted, len(devices))
-    shape = [sizes[a] for a in MESH_AXES]
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices[:wanted])
+    part_of_them = wanted < len(devices)
+    shape, devices = tuple(sizes.values()), list(devices)[:wanted]
+    if part_of_them:  # of a torus, which is none itself
+        placed = np.asarray(devices).reshape(shape)
+    else:  # a torus may have no axis as long as one of ours: then several of ours share it
+        placed = create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def parse_mesh(spec: str) -> dict[str, int]:
-    """``"data=1,fsdp=8"`` -> the sizes it names; raises as `make_mesh`."""
+def mesh_sizes(spec: str | dict[str, int] | None) -> dict[str, int]:
+    """The size of every axis; raises as `make_mesh`."""
+    sizes = dict.fromkeys(MESH_AXES, 1) | (_parse_mesh(spec) if isinstance(spec, str) else dict(spec or {}))
+    if set(sizes) - set(MESH_AXES) or any(not isinstance(n, int) or n < 1 for n in sizes.values()):
+        raise UserError(f"mesh {spec!r} is not of the form data=2,fsdp=2,tensor=2 with positive sizes")
+    return sizes
+
+
+def _parse_mesh(spec: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for part in spec.split(","):
         match = re.fullmatch(r"\s*(\w+)\s*=\s*(\d+)\s*", part)

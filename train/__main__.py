@@ -120,9 +120,14 @@ def _compile(words: Sequence[str]) -> int:
     parser.add_argument("--serve", action="store_true")
     parser.add_argument("--quantize", choices=("int8", "int4"))
     own, words = _known(parser, "compile", words)
-    numbers, words = _own("compile", words, images=1, length=None, rows=16)
+    numbers, words = _own("compile", words, images=None, length=None, rows=None)
     if not own.topology:
         raise UserError("compile needs --topology, as v5e-64, v5p-128, v6e-256 or h100-8")
+    misplaced = {"--images": numbers.images} if own.serve else {"--rows": numbers.rows, "--quantize": own.quantize}
+    if any(value is not None for value in misplaced.values()) or 0 in (numbers.rows, numbers.length):
+        raise UserError("compile takes --rows and --quantize with --serve, --images without; --rows and --length from 1 on")
+    if own.json and not own.json.parent.is_dir():
+        raise UserError(f"there is no folder {own.json.parent} for the figures: make it, or choose another --json")
     config = _config(words)
     from train.hardware import quiet_libtpu
 
@@ -130,10 +135,11 @@ def _compile(words: Sequence[str]) -> int:
     from train import compile
 
     if own.serve:
-        wanted = {"rows": max(1, numbers.rows), "length": numbers.length, "quantize": own.quantize}
+        wanted = {"rows": numbers.rows or 16, "length": numbers.length, "quantize": own.quantize}
         figures = compile.serve(config, own.topology, **wanted)
     else:
-        figures = compile.run(config, own.topology, images=numbers.images, length=numbers.length)
+        images = 1 if numbers.images is None else numbers.images
+        figures = compile.run(config, own.topology, images=images, length=numbers.length)
     if own.json:
         own.json.write_text(json.dumps(figures, indent=2) + "\n")
     return 0 if figures["fits"] else 1

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import time
 from typing import Any
 
@@ -19,8 +18,8 @@ import numpy as np
 from lmm_jax import sharding
 from lmm_jax.analysis import program
 from lmm_jax.analysis.program import Collective
-from lmm_jax.analysis.rehearsal import rehearse
-from lmm_jax.config import IMAGE_TOKEN_ID
+from lmm_jax.analysis.rehearsal import TooLargeError, compile_for, rehearse
+from lmm_jax.config import IMAGE_TOKEN_ID, ModelConfig
 from lmm_jax.errors import UserError
 from lmm_jax.inference.engine import Request
 from lmm_jax.inference.sampling import Sampling
@@ -70,27 +69,38 @@ def run(config: TrainConfig, topology: str, *, images: int = 1, length: int | No
     """
     chip, devices, shape_name = hardware.parse(topology)
     sizes = planned_config(config.start)
-    anywhere = plan(config, sizes, meshes.abstract_mesh("data=1", chip))
-    shape = roofline.bucket(anywhere, images, length or config.data.max_length)
-    work = roofline.work(anywhere, shape)
+    shape, work = planned(config, sizes, chip, images, length or config.data.max_length)
     found = meshes.candidates(config, sizes, chip, devices, shape, work)
     print(_head(config, topology, chip, devices, shape, work), end="\n\n")
     print(_mesh_table(found), flush=True)
     compiled, chosen = None, found[0]
-    if shape_name:
-        for chosen in found[:tries]:
-            mesh = sharding.make_mesh(chosen.mesh, hardware.described(shape_name))
-            compiled = compile_step(plan(config, sizes, mesh), shape)
-            if compiled.fits:
-                break
-            print(f"\n{chosen.mesh} does not fit: it would take {compiled.peak / 1e9:.1f} GB", flush=True)
+    left = found if shape_name else []
+    for attempt in range(tries):
+        if not left:
+            break
+        chosen = left[0]
+        mesh = sharding.make_mesh(chosen.mesh, hardware.described(shape_name))
+        compiled = compile_step(plan(config, sizes, mesh), shape)
+        if compiled.fits:
+            break
+        print(f"\n{chosen.mesh} does not fit, attempt {attempt + 1} of {tries}: {compiled.peak / 1e9:.1f} GB", flush=True)
+        left = [c for c in left if c.bytes < chosen.bytes]
     figures = _figures(chip, devices, work, chosen, compiled)
     print("\n" + _told(chip, chosen, compiled, figures))
     return {"topology": topology, "mesh": chosen.mesh, "batch": dataclasses.asdict(shape), **figures}
 
 
+def planned(config: TrainConfig, sizes: ModelConfig, chip: Chip, images: int, length: int) -> tuple[Bucket, Work]:
+    """A batch of a run and what its step is, on whatever mesh; raises as `roofline.bucket` and `setup.plan`."""
+    if not chip.shapes:  # a GPU's kernel cannot be traced where there is none; the portable ones do the same products
+        config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, attention="auto"))
+    anywhere = plan(config, sizes, meshes.abstract_mesh("data=1", chip))
+    shape = roofline.bucket(anywhere, images, length)
+    return shape, roofline.work(anywhere, shape)
+
+
 def serve(config: TrainConfig, topology: str, *, rows: int, length: int | None, quantize: str | None) -> dict[str, Any]:
-    """Compiles what answering takes, tensor parallel, prints what each program holds, and returns the figures.
+    """Compiles what answering takes, tensor parallel if no mesh is named, prints what it holds, and returns the figures.
 
     Args:
       config: of the run whose model is meant.
@@ -107,7 +117,7 @@ def serve(config: TrainConfig, topology: str, *, rows: int, length: int | None, 
         raise UserError(f"{topology} cannot be compiled for here, only TPUs can: choose one of them")
     sizes = planned_config(config.start)
     tensor = math.gcd(devices, sizes.decoder.num_kv_heads)
-    spec = {"data": devices // tensor, "tensor": tensor}
+    spec = config.compute.mesh or f"data={devices // tensor},tensor={tensor}"
     mesh = sharding.make_mesh(spec, hardware.described(shape_name))
     length = length or config.data.max_length
     ids = np.full(length // 2, IMAGE_TOKEN_ID, np.int32)
@@ -115,18 +125,24 @@ def serve(config: TrainConfig, topology: str, *, rows: int, length: int | None, 
     side = sizes.vision.image_size
     picture = np.zeros((sizes.tiles, side, side, 3), np.uint8)
     asked = [Request(ids, [picture], Sampling(length // 2))] * rows
-    found = rehearse(sizes, asked, mesh, dtype=jnp.bfloat16, quantize=quantize)
-    fits = found.peak <= chip.memory
-    print(f"{topology}: {devices} x {chip.kind}, {chip.memory / 1e9:.1f} GB each; data={spec['data']},tensor={tensor}")
-    print(f"{rows} questions about a picture each, {length} positions with their answers, weights {quantize or 'bfloat16'}\n")
+    print(f"{topology}: {devices} x {chip.kind}, {chip.memory / 1e9:.1f} GB each; {spec}")
+    asking = f"questions about a picture each, {length} positions with their answers, weights {quantize or 'bfloat16'}"
+    figures = {"topology": topology, "mesh": spec, "length": length, "quantize": quantize}
+    try:
+        found = rehearse(sizes, asked, mesh, dtype=jnp.bfloat16, quantize=quantize)
+    except TooLargeError as error:
+        print(f"{rows} {asking}\n\nIt does not fit: {error}, or --quantize int8")
+        return figures | {"rows": rows, "fits": False}
+    print(f"{rows} {asking}; {found.rows} generate at once\n")
     print("| program | temporaries, GB | all that is alive, GB |\n|---|---|---|")
     for p in found.programs:
         print(f"| {p.name} | {p.temporaries / 1e9:.2f} | {p.peak / 1e9:.2f} |")
+    fits = found.peak <= chip.memory
     verdict = "It fits." if fits else "It does not fit: more devices, fewer rows, shorter ones, or --quantize int8"
     held = f"parameters {found.parameters / 1e9:.2f} GB, at most {found.peak / 1e9:.2f} of {chip.memory / 1e9:.1f} GB"
     print(f"\n{held}. {verdict}")
     memory = {"parameters": found.parameters, "peak": found.peak, "of": chip.memory}
-    return {"topology": topology, "mesh": spec, "rows": rows, "length": length, "memory": memory, "fits": fits}
+    return figures | {"rows": found.rows, "memory": memory, "fits": fits}
 
 
 def compile_step(setup: Setup, shape: Bucket) -> Compiled:
@@ -136,13 +152,9 @@ def compile_step(setup: Setup, shape: Bucket) -> Compiled:
         state, batch = roofline.planned_state(setup), roofline.abstract_batch(setup, shape)
         lowered = setup.step_function(roofline.STEPS).lower(state, batch)
         try:
-            compiled = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            used = re.search(r"Used ([\d.]+)([GM]) of", str(error))
-            if "RESOURCE_EXHAUSTED" not in str(error) or not used:
-                raise
-            size = float(used[1]) * {"G": 2**30, "M": 2**20}[used[2]]
-            return Compiled(size, size, [], time.monotonic() - start, False)
+            compiled = compile_for(lowered)
+        except TooLargeError as error:
+            return Compiled(error.needed or math.inf, 0.0, [], time.monotonic() - start, False)
     memory = compiled.memory_analysis()
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
     exchanged = program.collectives(compiled.as_text())
@@ -154,10 +166,10 @@ def _figures(chip: Chip, devices: int, work: Work, chosen: Candidate, compiled: 
     held = dataclasses.asdict(chosen.held)
     exchanged = compiled.collectives if compiled and compiled.fits else chosen.exchanged
     seconds = roofline.receiving(chip, compiled.collectives) if compiled and compiled.fits else chosen.bound.exchange
-    bound = roofline.bound(chip, devices, work, chosen.held, seconds)
-    peak = compiled.peak if compiled else chosen.held.total + chosen.kept
+    bound = roofline.bound(chip, devices, work, chosen.held, sum(c.received for c in exchanged), seconds)
+    peak = compiled.peak if compiled else chosen.bytes
     fits = compiled.fits if compiled else chosen.fits
-    temporaries = max(0.0, compiled.temporaries - chosen.kept) if compiled else None
+    temporaries = max(0.0, compiled.temporaries - chosen.kept) if compiled and compiled.fits else chosen.working
     memory = {**held, "activations": chosen.kept, "temporaries": temporaries, "peak": peak, "of": chip.memory}
     return {
         "compiled": bool(compiled),
@@ -181,11 +193,14 @@ def _head(config: TrainConfig, topology: str, chip: Chip, devices: int, shape: B
 
 
 def _mesh_table(found: list[Candidate]) -> str:
-    lines = ["| mesh | state, GB | activations, GB | step at least, s | MFU at most |", "|---|---|---|---|---|"]
+    lines = [
+        "| mesh | state, GB | all, GB | exchange at least, s | step at least, s | MFU at most |",
+        "|---|---|---|---|---|---|",
+    ]
     for c in found[:SHOWN]:
         fits = "" if c.fits else " (does not fit)"
-        held, kept = c.held.total / 1e9, c.kept / 1e9
-        lines.append(f"| {c.mesh}{fits} | {held:.2f} | {kept:.2f} | {c.bound.step:.2f} | {c.bound.mfu:.0%} |")
+        cells = f"{c.held.total / 1e9:.2f} | {c.bytes / 1e9:.2f} | {c.bound.exchange:.2f} | {c.bound.step:.2f}"
+        lines.append(f"| {c.mesh}{fits} | {cells} | {c.bound.mfu:.0%} |")
     more = f"\n{len(found) - SHOWN} more are slower or do not fit." if len(found) > SHOWN else ""
     return "Estimated:\n" + "\n".join(lines) + more
 
@@ -199,7 +214,7 @@ def _told(chip: Chip, chosen: Candidate, compiled: Compiled | None, figures: dic
         "optimizer": "optimiser",
         "batch": "batch",
         "activations": "activations kept for the backward pass",
-        "temporaries": "temporaries",
+        "temporaries": "temporaries" if compiled else "gradients and logits",
     }
     lines = [f"{chosen.mesh}, {how}:", "", "| memory of a device | GB |", "|---|---|"]
     lines += [f"| {text} | {memory[k] / 1e9:.2f} |" for k, text in kinds.items() if memory[k] is not None]

@@ -7,6 +7,7 @@ with eight GPUs to a node and one 200 and 400 Gbit/s adapter for each, as in the
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 from typing import Any
@@ -25,9 +26,9 @@ class Chip:
     Attributes:
       name: as in topologies, "v5e".
       kind: `jax.Device.device_kind`.
-      memory: bytes.
+      memory: bytes that a program may take.
       bandwidth: of memory, bytes/s.
-      links: bytes/s that it can receive from the others of its island, over all links together.
+      links: bytes/s that it can receive from the others of its island, over all links together (TPUs: in a whole torus).
       island: most devices that are joined by such links.
       network: bytes/s that it can receive from other islands, its share of the host's adapters.
       shapes: topologies by their number of devices, as libtpu names them; none for a GPU.
@@ -50,17 +51,18 @@ class Chip:
         return peak
 
 
-_FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+_FLAT = {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
 _CUBES[1024] = "8x8x16"
+_RING = {2: 16, 3: 4}  # axes of a torus are rings where they are multiples of this, else lines
 
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", "TPU v4", 32 * 2**30, 1228e9, 300e9, 4096, 3.1e9, _CUBES),
-        Chip("v5e", "TPU v5 lite", 16e9, 819e9, 200e9, 256, 3.1e9, _FLAT),
-        Chip("v5p", "TPU v5", 95 * 2**30, 2765e9, 600e9, 6144, 6.25e9, _CUBES),
-        Chip("v6e", "TPU v6 lite", 32e9, 1600e9, 400e9, 256, 12.5e9, _FLAT),
+        Chip("v4", "TPU v4", 30.75 * 2**30, 1228e9, 300e9, 4096, 3.1e9, _CUBES),
+        Chip("v5e", "TPU v5 lite", 15.75 * 2**30, 819e9, 200e9, 256, 3.1e9, _FLAT),
+        Chip("v5p", "TPU v5", 95.74 * 2**30, 2765e9, 600e9, 6144, 6.25e9, _CUBES),
+        Chip("v6e", "TPU v6 lite", 31.25 * 2**30, 1600e9, 400e9, 256, 12.5e9, _FLAT),
         Chip("a100", "NVIDIA A100-SXM4-80GB", 80e9, 2039e9, 300e9, 8, 25e9),
         Chip("h100", "NVIDIA H100 80GB HBM3", 80e9, 3350e9, 450e9, 8, 50e9),
     )
@@ -71,6 +73,9 @@ _CORES = ("v4", "v5p")  # whose names count cores, two to a chip, and not chips
 def parse(topology: str) -> tuple[Chip, int, str]:
     """Chip, number of devices, and libtpu's name ("" for GPUs) of a topology.
 
+    A chip at the edge of a slice that is no torus has fewer links than others, and the slowest chip sets the pace: the chip
+    that is returned has as many as that one.
+
     Args:
       topology: as clouds name them, v5e-64, v5p-128 (64 chips, whose cores are counted), h100-8; or with a shape, v5e:8x8.
 
@@ -80,18 +85,29 @@ def parse(topology: str) -> tuple[Chip, int, str]:
     match = re.fullmatch(r"(\w+?)(?:-(\d+)|:(\d+(?:x\d+)*))", topology)
     chip = CHIPS.get(match[1]) if match else None
     if match and chip and match[3] and chip.shapes:
-        count = 1
-        for side in match[3].split("x"):
-            count *= int(side)
-        return chip, count, f"{chip.name}:{match[3]}"
+        sides = [int(side) for side in match[3].split("x")]
+        if all(sides) and len(sides) == len(_sides(chip)):
+            return with_links(chip, match[3]), math.prod(sides), f"{chip.name}:{match[3]}"
     count = int(match[2]) if match and match[2] and chip else 0
     if chip and chip.name in _CORES:
         count = count // 2 if count % 2 == 0 else 0
     if chip and chip.shapes and count in chip.shapes:
-        return chip, count, f"{chip.name}:{chip.shapes[count]}"
+        return with_links(chip, chip.shapes[count]), count, f"{chip.name}:{chip.shapes[count]}"
     if chip and not chip.shapes and count and (count < chip.island or count % chip.island == 0):
         return chip, count, ""
     raise UserError(f"there is no topology {topology!r}: choose one of {_known()}, or name its shape as v5e:8x8")
+
+
+def with_links(chip: Chip, shape: str) -> Chip:
+    """The chip with the links that one at the edge of a slice has."""
+    sides = [int(side) for side in shape.split("x")]
+    ring = _RING[len(sides)]
+    links = sum(2 if side % ring == 0 else 1 if side > 1 else 0 for side in sides)
+    return dataclasses.replace(chip, links=chip.links * links / (2 * len(sides)))
+
+
+def _sides(chip: Chip) -> list[str]:
+    return next(iter(chip.shapes.values())).split("x")
 
 
 def _known() -> str:

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 import jax
@@ -39,22 +40,29 @@ class Candidate:
       mesh: as `compute.mesh` takes it.
       held: bytes of one device between steps.
       kept: bytes of one device that wait for the backward pass.
+      working: bytes of one device for gradients, in float32, and logits.
       bound: least time of a step.
       exchanged: what is received.
-      fits: whether all that is held and kept takes at most `ROOM` of the memory.
+      fits: whether all of it takes at most `ROOM` of the memory.
     """
 
     mesh: str
     held: Held
     kept: float
+    working: float
     bound: Bound
     exchanged: list[Collective]
     fits: bool
 
+    @property
+    def bytes(self) -> float:
+        """Of one device, all together."""
+        return self.held.total + self.kept + self.working
+
 
 def abstract_mesh(spec: str, chip: Chip) -> AbstractMesh:
-    """A mesh of chips that need not be here; good for all but compiling."""
-    sizes = dict.fromkeys(sharding.MESH_AXES, 1) | sharding.parse_mesh(spec)
+    """A mesh of chips that need not be here; good for all but compiling. Raises as `sharding.make_mesh`."""
+    sizes = sharding.mesh_sizes(spec)
     platform = "tpu" if chip.shapes else "gpu"
     device = AbstractDevice(device_kind=chip.kind, num_cores=1, platform=platform)
     axes = (AxisType.Auto,) * len(sizes)
@@ -68,9 +76,8 @@ def specs(config: TrainConfig, devices: int) -> Iterator[str]:
         shared = devices // tensor
         if devices % tensor or rows % shared:
             continue
-        for data in (1, 2, 4, 8, 16, 32, 64):
-            if shared % data == 0 and (data == 1 or shared // data > 1):
-                yield f"data={data},fsdp={shared // data},tensor={tensor}"
+        for data in (n for n in range(1, shared + 1) if shared % n == 0):
+            yield f"data={data},fsdp={shared // data},tensor={tensor}"
 
 
 def candidates(
@@ -79,28 +86,35 @@ def candidates(
     """All meshes, or the one that `config` names, the fastest that fits first; those that do not fit last.
 
     Raises:
-      UserError: see `plan`; no mesh shares the rows evenly.
+      UserError: see `plan`; the mesh is none of so many devices; no mesh shares the rows evenly.
     """
-    wanted = [config.compute.mesh] if config.compute.mesh else list(specs(config, devices))
+    named = config.compute.mesh
+    if named and math.prod(sharding.mesh_sizes(named).values()) != devices:
+        raise UserError(f"mesh {named!r} is not one of {devices} devices: choose sizes with that product, or none")
+    wanted = [named] if named else list(specs(config, devices))
     if not wanted:
         raise UserError(
             f"no mesh of {devices} devices shares {config.data.batch_size} rows in {config.optimizer.accumulation} parts "
             "evenly: change data.batch_size or optimizer.accumulation"
         )
     found = [candidate(spec, plan(config, sizes, abstract_mesh(spec, chip)), shape, chip, work) for spec in wanted]
-    return sorted(found, key=lambda c: (not c.fits, c.bound.step, c.held.total))
+    return sorted(found, key=lambda c: (not c.fits, c.bound.step, c.bound.exchange, c.bytes))
 
 
 def candidate(spec: str, setup: Setup, shape: Bucket, chip: Chip, work: Work) -> Candidate:
     """The estimate for one mesh."""
     held, mesh = roofline.held(setup, shape), setup.mesh
-    kept = work.kept_bytes / sharding.batch_multiple(mesh)
+    shared, tensor = sharding.batch_multiple(mesh), mesh.shape["tensor"]
+    kept = work.kept_bytes / shared
+    gradients = (2 if work.parts > 1 else 1) * held.trained * 4 / roofline.itemsize(setup)
+    working = gradients + work.logits_bytes / shared / tensor
     exchanged = exchanges(setup, shape)
-    strides = {"data": mesh.shape["fsdp"] * mesh.shape["tensor"], "fsdp": mesh.shape["tensor"], "tensor": 1}
+    strides = {"data": mesh.shape["fsdp"] * tensor, "fsdp": tensor, "tensor": 1}
     seconds = sum(roofline.receiving(chip, of, strides[axis]) for axis, of in exchanged.items())
-    bound = roofline.bound(chip, mesh.size, work, held, seconds)
     found = [c for of in exchanged.values() for c in of]
-    return Candidate(spec, held, kept, bound, found, held.total + kept <= ROOM * chip.memory)
+    bound = roofline.bound(chip, mesh.size, work, held, sum(c.received for c in found), seconds)
+    fits = held.total + kept + working <= ROOM * chip.memory
+    return Candidate(spec, held, kept, working, bound, found, fits)
 
 
 def exchanges(setup: Setup, shape: Bucket) -> dict[str, list[Collective]]:
@@ -108,12 +122,11 @@ def exchanges(setup: Setup, shape: Bucket) -> dict[str, list[Collective]]:
     mesh, state = setup.mesh, roofline.planned_state(setup)
     data, fsdp, tensor = (mesh.shape[axis] for axis in sharding.MESH_AXES)
     parts, width = setup.config.optimizer.accumulation, setup.model.dtype.itemsize
-    again = setup.config.compute.remat != "none"
     found: dict[str, list[Collective]] = {axis: [] for axis in sharding.MESH_AXES}
     trained = sum(map(_on_tensor, state.trained.values())) * width
     if fsdp > 1:
         whole = sum(
-            _on_tensor(leaf) * width * (1 if path.startswith("vision_tower") else 2)  # what is computed again shares a pass
+            _on_tensor(leaf) * width * _passes(setup, path, shape)
             for path, leaf in {**state.trained, **state.frozen}.items()
             if "fsdp" in _axes(leaf)
         )
@@ -123,18 +136,29 @@ def exchanges(setup: Setup, shape: Bucket) -> dict[str, list[Collective]]:
     if data > 1:
         found["data"] += [Collective("all-reduce", data, parts * 2 * trained / fsdp * (1 - 1 / data), 0)]
     if tensor > 1:
-        summed = 2 * _summed(setup, shape, 3 if again else 2) * setup.config.data.batch_size / (data * fsdp) * width
+        summed = _summed(setup, shape) * setup.config.data.batch_size / (data * fsdp) * width
         found["tensor"] += [Collective("all-reduce", tensor, 2 * summed * (1 - 1 / tensor), 0)]
     return found
 
 
-def _summed(setup: Setup, shape: Bucket, passes: int) -> float:
-    """Numbers of one row that a layer's two projections back to its width give, in all layers and passes."""
+def _passes(setup: Setup, path: str, shape: Bucket) -> int:
+    """How often a parameter is gathered: forward, backward with what is computed again; the vocabulary for every chunk."""
+    if path.startswith("vision_tower") and not any(name.startswith("vision_tower") for name in setup.trained):
+        return 1
+    chunks = math.ceil(shape.targets / setup.config.compute.loss_chunk) if path.startswith("lm_head") else 1
+    return 2 * chunks
+
+
+def _summed(setup: Setup, shape: Bucket) -> float:
+    """Numbers of one row that are summed over `tensor`: a layer's two projections back to its width, forward and backward,
+    and one of them again where layers are computed again.
+    """
     c = setup.model.config
+    sums = 5 if setup.config.compute.remat == "full" else 4
     positions = shape.length * c.decoder.num_layers
     positions += shape.images * (c.prefix_length + shape.fused) * c.prefusion_layers
     patches = shape.images * c.tiles * (c.vision.grid**2 + 1) * (c.vision.num_layers - 1)
-    return passes * positions * c.decoder.hidden_size + patches * c.vision.hidden_size
+    return sums * positions * c.decoder.hidden_size + 2 * patches * c.vision.hidden_size
 
 
 def _on_tensor(leaf: jax.ShapeDtypeStruct) -> float:

@@ -11,9 +11,11 @@ import math
 from collections.abc import Iterable
 
 import jax
+import jax.numpy as jnp
 
 from lmm_jax.analysis import program
 from lmm_jax.analysis.program import Collective
+from lmm_jax.errors import UserError
 from train.data import empty_arrays
 from train.flops import model_flops
 from train.hardware import Chip
@@ -32,11 +34,15 @@ class Work:
       model_flops: what the model needs, see `train.flops`.
       executed_flops: what the program does, with everything that is computed a second time.
       kept_bytes: activations that wait for the backward pass, of all rows that are computed at once.
+      logits_bytes: float32 logits and their gradient, of the same rows.
+      parts: computed one after the other.
     """
 
     model_flops: float
     executed_flops: float
     kept_bytes: float
+    logits_bytes: float
+    parts: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +89,18 @@ class Bound:
 
 
 def bucket(setup: Setup, images: int, length: int) -> Bucket:
-    """A batch of `length` positions whose text is half instructions, half answers, but all answers without pre-fusion."""
-    config = setup.model.config
-    text = max(2, length - images * config.tokens_per_image)
+    """A batch of `length` positions whose text is half instructions, half answers, but all answers without pre-fusion.
+
+    Raises:
+      UserError: the run allows no such length, or the images leave no room for text.
+    """
+    config, most = setup.model.config, setup.config.data.max_length
+    text = length - images * config.tokens_per_image
+    if length > most or text < 2:
+        raise UserError(
+            f"{images} images take {images * config.tokens_per_image} of {length} positions, and data.max_length is {most}: "
+            "choose other --images or --length"
+        )
     fused = text // 2 if images and config.prefusion_layers else 1
     return Bucket(images, length, fused, text - fused)
 
@@ -127,7 +142,8 @@ def work(setup: Setup, shape: Bucket) -> Work:
         residuals = jax.make_jaxpr(kept)(of_part, state.trained, state.frozen).jaxpr
     sizes = {"length": shape.length, "fused": shape.fused, "targets": shape.targets}
     needed = model_flops(model.config, rows=rows, images=shape.images, **sizes, trained=setup.trained.__contains__)
-    return Work(needed, executed, program.dependent_bytes(residuals, len(of_part)))
+    logits = 2 * 4 * rows // parts * min(shape.targets, c.compute.loss_chunk) * model.config.decoder.vocab_size
+    return Work(needed, executed, program.dependent_bytes(residuals, len(of_part)), logits, parts)
 
 
 def held(setup: Setup, shape: Bucket) -> Held:
@@ -136,12 +152,16 @@ def held(setup: Setup, shape: Bucket) -> Held:
     return Held(*(sum(map(_device_bytes, jax.tree.leaves(x))) for x in (state.trained, state.frozen, state.optimizer, batch)))
 
 
-def bound(chip: Chip, devices: int, work: Work, held: Held, exchange: float) -> Bound:
-    """The least time of a step on so many chips that spend `exchange` seconds receiving."""
+def bound(chip: Chip, devices: int, work: Work, held: Held, exchanged: float, seconds: float) -> Bound:
+    """The least time of a step on so many chips, each of which receives `exchanged` bytes in `seconds`.
+
+    Touched are at least: the state, read and written; what is received and what is kept, both written and read.
+    """
     compute = work.executed_flops / devices / chip.flops
-    touched = 2 * (held.trained + held.optimizer) + held.frozen + held.batch + 2 * work.kept_bytes / devices
+    touched = 2 * (held.trained + held.optimizer) + held.frozen + held.batch
+    touched += 2 * exchanged + 2 * work.parts * work.kept_bytes / devices
     memory = touched / chip.bandwidth
-    return Bound(compute, memory, exchange, work.model_flops / devices / chip.flops / max(compute, memory, exchange))
+    return Bound(compute, memory, seconds, work.model_flops / devices / chip.flops / max(compute, memory, seconds))
 
 
 def receiving(chip: Chip, exchanged: Iterable[Collective], stride: int = 1) -> float:
@@ -158,6 +178,11 @@ def receiving(chip: Chip, exchanged: Iterable[Collective], stride: int = 1) -> f
         outside = (1 - inside / c.group) / (1 - 1 / c.group) if c.group > 1 else 0.0
         total += max(c.received / chip.links, c.received * outside / inside / chip.network)
     return total
+
+
+def itemsize(setup: Setup) -> int:
+    """Bytes of a number of the trained parameters."""
+    return jnp.dtype(setup.config.compute.trained_dtype).itemsize
 
 
 def _device_bytes(x: jax.ShapeDtypeStruct) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 from jax.extend import core
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-_BITS = {"pred": 8, "bf16": 16, "s4": 4, "u4": 4}
+_BITS = {"pred": 8, "bf16": 16}
 
 
 def flops(jaxpr: core.Jaxpr) -> float:
@@ -87,6 +87,8 @@ class Collective:
 def collectives(text: str) -> list[Collective]:
     """The exchanges of a compiled program (`jax.stages.Compiled.as_text`), summed by kind and size of group."""
     bodies, entry = _computations(text)
+    everyone = re.search(r"(?:num_partitions|replica_count)=(\d+)", text)
+    devices = int(everyone[1]) if everyone else 1
     found: dict[str, tuple[str, int, float, int]] = {}
     for body, times in _turns(bodies, entry).items():
         for line in bodies[body]:
@@ -94,8 +96,10 @@ def collectives(text: str) -> list[Collective]:
             if match and match[3].removesuffix("-start") in COLLECTIVES:
                 # a TPU may spread one exchange over several fusions, each of which then names it
                 channel = re.search(r"channel_id=\d+", line)
-                size = _bytes(match[2], largest=match[3].endswith("-start"))
-                found[channel[0] if channel else match[1]] = match[3].removesuffix("-start"), _group(line), size, times
+                key, group = channel[0] if channel else match[1], _group(line) or devices
+                kind = match[3].removesuffix("-start")
+                times = max(times, found[key][3]) if key in found else times
+                found[key] = kind, group, _bytes(match[2], match[3]), times
     sums: dict[tuple[str, int], list[float]] = collections.defaultdict(lambda: [0.0, 0])
     for kind, group, size, times in found.values():
         part = {"all-gather": 1 - 1 / group, "all-reduce": 2 - 2 / group, "reduce-scatter": group - 1.0}
@@ -124,12 +128,15 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 def _turns(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
     """How often each computation runs; a loop of unknown length turns once."""
     turns: dict[str, int] = collections.Counter()
-    calls = r"(body|condition|calls|to_apply|called_computations|branch_computations)=\{?%?([^,}]+)"
+    one = r"(body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
+    several = r"(?:calls|called_computations|branch_computations)=\{([^}]*)\}"
 
     def visit(name: str, times: int) -> None:
         turns[name] += times
         for line in bodies[name]:
-            called = [(key, other) for key, other in re.findall(calls, line) if other in bodies]
+            called = re.findall(one, line)
+            called += [("", name.strip(" %")) for names in re.findall(several, line) for name in names.split(",")]
+            called = [(key, other) for key, other in called if other in bodies]
             trips = _trips(line, bodies.get(dict(called).get("condition", ""), []))
             for key, other in called:
                 visit(other, times * (trips if key == "body" else 1))
@@ -147,7 +154,7 @@ def _trips(line: str, condition: list[str]) -> int:
 
 
 def _group(line: str) -> int:
-    """Devices of a group: {{0,1},{2,3}}, [2,4]<=[8], mesh['a'=2,'b'=4] {'b'}, of an axis' part {'b':(1)2}; pairs otherwise."""
+    """Devices of a group: {{0,1},{2,3}}, [2,4]<=[8], mesh['a'=2,'b'=4] {'b'}, a part of an axis {'b':(1)2}, a pair; 0: all."""
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
         return int(iota[2])
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
@@ -156,13 +163,17 @@ def _group(line: str) -> int:
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", meshed[1])}
         parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", meshed[2])
         return math.prod(int(part) if part else sizes[name] for name, part in parts)
-    return 2
+    return 2 if "source_target_pairs" in line else 0
 
 
-def _bytes(shapes: str, *, largest: bool) -> float:
-    """Of all arrays of a result; of the largest where arguments stand among them."""
+def _bytes(shapes: str, operation: str) -> float:
+    """Of the arrays that an exchange gives; one that only starts it may tell its arguments first, and counters last."""
     sizes = []
-    for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
-        bits = _BITS.get(dtype) or int(re.sub(r"^\D+", "", dtype)[:2] or 32)
+    for dtype, dims in re.findall(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]", shapes):
+        bits = _BITS.get(dtype) or int(re.match(r"[a-z]+(\d+)", dtype)[1])  # type: ignore[index]
         sizes.append(math.prod(int(n) for n in dims.split(",") if n) * bits / 8)
-    return max(sizes, default=0) if largest else sum(sizes)
+    if operation == "collective-permute-start":
+        return max(sizes, default=0)
+    if operation.endswith("-start") and operation != "all-reduce-start":
+        return sum(sizes[len(sizes) // 2 :])
+    return sum(sizes)

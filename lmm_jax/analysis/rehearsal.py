@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lmm_jax.config import ModelConfig
+from lmm_jax.errors import UserError
 from lmm_jax.inference.engine import Engine, Request
 from lmm_jax.models import apart, quantization
 from lmm_jax.models.llava_mini import abstract_params
@@ -51,10 +53,12 @@ class Rehearsal:
     Attributes:
       parameters: bytes of one device.
       programs: in order of their first run; one for each combination of sizes.
+      rows: that generate at once, at most.
     """
 
     parameters: int
     programs: list[Program]
+    rows: int
 
     @property
     def peak(self) -> int:
@@ -79,6 +83,9 @@ def rehearse(
       requests: their pixels are not looked at.
       mesh: of devices that are here or of a topology.
       dtype, quantize, kv_cache, attention: as `loading.load` takes them.
+
+    Raises:
+      TooLargeError: a program does not fit into the memory of the devices.
     """
     held = _Held()
     params = abstract_params(config, mesh, dtype)
@@ -97,7 +104,37 @@ def rehearse(
             if isinstance(value, jax.stages.Wrapped):
                 setattr(owner, name, _Rehearsed(name.strip("_"), value, programs, held))
     collections.deque(engine.as_completed(requests, ()), maxlen=0)
-    return Rehearsal(parameters, programs)
+    return Rehearsal(parameters, programs, engine.most_rows(requests))
+
+
+class TooLargeError(UserError):
+    """A program needs more memory than its devices have.
+
+    Attributes:
+      needed: bytes of one device; None where the compiler does not tell.
+    """
+
+    def __init__(self, needed: float | None) -> None:
+        """Made by `compile_for`."""
+        size = "more memory than there is" if needed is None else f"{needed / 1e9:.1f} GB"
+        super().__init__(f"the program would take {size} on a device: more devices, fewer rows, or shorter ones")
+        self.needed = needed
+
+
+def compile_for(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compiles.
+
+    Raises:
+      TooLargeError: the devices have not enough memory.
+      UserError: another reason of the compiler.
+    """
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise UserError(f"the compiler refuses the program: {str(error).splitlines()[0]}") from error
+        used = re.search(r"Used ([\d.]+)([KMGT]) of \S+ hbm", str(error))
+        raise TooLargeError(float(used[1]) * 2 ** (10 * ("KMGT".index(used[2]) + 1)) if used else None) from error
 
 
 class _Held:
@@ -152,7 +189,7 @@ class _Rehearsed:
 
     def _compile(self, args: Sequence[Any]) -> tuple[Program, Any, list[bool], int]:
         lowered = self._jitted.lower(*args)
-        compiled = lowered.compile()
+        compiled = compile_for(lowered)
         memory = compiled.memory_analysis()
         program = Program(self._name, 0, memory.temp_size_in_bytes, 0, compiled.as_text())
         self._programs.append(program)

@@ -137,6 +137,10 @@ class Engine:
                     left = dataclasses.replace(left, rows=left.rows // 2)
                 left = dataclasses.replace(left, members=[i for i in left.members if i not in done])
 
+    def most_rows(self, requests: Sequence[Request], batch_size: int = MAX_BATCH) -> int:
+        """How many of the requests would generate at once, at most."""
+        return max(group.rows for group in self._groups(requests, batch_size))
+
     def stream(self, request: Request, stop_ids: Sequence[int]) -> Iterator[int]:
         """New tokens of one request as they come, up to and with the first of `stop_ids`."""
         (group,) = self._groups([request], 1)

@@ -132,6 +132,30 @@ def test_groups(groups, size):
     assert [c.group for c in program.collectives(entry)] == [size]
 
 
+@pytest.mark.parametrize(
+    "exchange,expected",
+    [
+        ("((bf16[2]{0}, f32[4]{0}), (bf16[16]{0}, f32[32]{0})) all-gather-start(%a, %b)", (2 * 16 + 4 * 32) * 7 / 8),
+        ("(f32[4]{0}, f8e4m3fn[8]{0}) all-reduce-start(%a, %b)", (16 + 8) * 2 * 7 / 8),
+        ("(bf16[16]{0}, bf16[16]{0}, u32[], u32[]) collective-permute-start(%a)", 32),
+        ("s4[16]{0} all-to-all(%a)", 8 * 7 / 8),
+    ],
+)
+def test_bytes(exchange, expected):
+    groups = ", source_target_pairs={{0,1}}" if "permute" in exchange else ", replica_groups={}"
+    text = f"HloModule m, num_partitions=8\n\nENTRY %main (x: f32[2]) -> f32[2] {{\n  %a = {exchange}{groups}\n}}"
+    assert [c.received for c in program.collectives(text)] == [expected]
+
+
+def test_both_branches_count():
+    one = "  ROOT %g = f32[8]{0} all-gather(%p), channel_id=NUMBER, replica_groups=[1,8]<=[8]\n}\n"
+    text = "".join(f"%{name} (p: f32[1]) -> f32[8] {{\n{one.replace('NUMBER', name[1])}\n" for name in ("b1", "b2"))
+    text += (
+        "ENTRY %main (x: f32[1]) -> f32[8] {\n  ROOT %c = f32[8]{0} conditional(%i, %x, %x), branch_computations={%b1, %b2}\n}"
+    )
+    assert [c.count for c in program.collectives(text)] == [2]
+
+
 def test_forms_that_accelerators_use():
     noted = ASYNC.replace("metadata={op_name", 'backend_config={"known_trip_count":{"n":"3"}}, metadata={op_name')
     assert program.collectives(noted) == program.collectives(ASYNC)

@@ -2,9 +2,13 @@
 
 import importlib.util
 import json
+import os
 
+import jax
 import pytest
 
+from lmm_jax.analysis import rehearsal
+from train import compile
 from train.__main__ import main
 
 CONFIG = """
@@ -27,8 +31,7 @@ needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    for name in ("JAX_PLATFORMS", "TPU_SKIP_MDS_QUERY", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID"):
-        monkeypatch.setenv(name, "cpu" if name == "JAX_PLATFORMS" else "")
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # what the command sets stays here
     file = tmp_path / "config.py"
     file.write_text(CONFIG)
     return str(file)
@@ -43,7 +46,7 @@ def test_estimates(config, tmp_path, capsys):
     assert said.index(f"| {figures['mesh']} |") < said.index("tensor=2")  # the fastest of all, in the first line
     assert figures["batch"] == {"images": 1, "length": 128, "fused": 63, "targets": 64}
     memory = figures["memory"]
-    parts = ("trained", "frozen", "optimizer", "batch", "activations")
+    parts = ("trained", "frozen", "optimizer", "batch", "activations", "temporaries")
     assert memory["peak"] == sum(memory[part] for part in parts)
 
 
@@ -51,6 +54,11 @@ def test_a_mesh_may_be_named(config, capsys):
     assert main(["compile", "--topology", "h100-8", "--images", "0", config, "--compute.mesh", "fsdp=4,tensor=2"]) == 0
     said = capsys.readouterr().out
     assert said.count("fsdp=4,tensor=2") == 2 and "| all-reduce | 2 |" in said and "0 pictures each" in said
+
+
+def test_a_mesh_of_other_devices(config, capsys):
+    assert main(["compile", "--topology", "h100-8", config, "--compute.mesh", "fsdp=4"]) == 2
+    assert "mesh 'fsdp=4' is not one of 8 devices" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_is_told(config, capsys):
@@ -67,6 +75,10 @@ def test_what_does_not_fit_is_told(config, capsys):
         (["--topology", "h100-8", "--images", "-1"], "compile takes numbers from 0 on"),
         (["--topology", "h100-8", "--serve"], "h100-8 cannot be compiled for here, only TPUs can"),
         (["--topology", "h100-8", "--quantize", "int3"], "invalid choice: 'int3'"),
+        (["--topology", "h100-8", "--quantize", "int8"], "--rows and --quantize with --serve"),
+        (["--topology", "v5e-4", "--serve", "--images", "1"], "--images without"),
+        (["--topology", "h100-8", "--length", "129"], "data.max_length is 128"),
+        (["--topology", "h100-8", "--json", "no/such/folder.json"], "there is no folder no/such"),
     ],
 )
 def test_bad_input(config, capsys, words, message):
@@ -88,6 +100,38 @@ def test_without_libtpu(config, capsys, monkeypatch):
     assert "pip install 'lmm-jax[tpu-aot]'" in capsys.readouterr().err
 
 
+def test_the_next_smaller_mesh_is_tried(config, capsys, monkeypatch):
+    """With a compiler that finds no room, in place of libtpu's."""
+    tried = []
+
+    def compile_step(setup, shape):
+        tried.append(dict(setup.mesh.shape))
+        return compile.Compiled(20e9, 0.0, [], 1.0, False)
+
+    monkeypatch.setattr(compile, "compile_step", compile_step)
+    monkeypatch.setattr(compile.hardware, "described", lambda shape: jax.devices())
+    assert main(["compile", "--topology", "v5e-8", config]) == 1
+    said = capsys.readouterr().out
+    assert len(tried) == 3 and said.count("does not fit, attempt") == 3 and "It does not fit: more devices" in said
+
+
+@pytest.mark.parametrize(
+    "message,expected",
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.25G of 15.75G hbm.", 17.25 * 2**30),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 32.42M of 16.00M vmem.", None),
+    ],
+)
+def test_what_the_compiler_says_of_memory(message, expected):
+    class Lowered:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(message)
+
+    with pytest.raises(rehearsal.TooLargeError) as error:
+        rehearsal.compile_for(Lowered())
+    assert error.value.needed == expected
+
+
 @needs_libtpu
 @pytest.mark.slow
 def test_compiled(config, tmp_path, capsys):
@@ -97,7 +141,7 @@ def test_compiled(config, tmp_path, capsys):
     memory = figures["memory"]
     held = sum(memory[part] for part in ("trained", "frozen", "optimizer", "batch"))
     assert held < memory["peak"] < memory["of"]
-    assert {c["kind"] for c in figures["collectives"]} & {"all-gather", "all-reduce", "collective-permute"}
+    assert "all-reduce" in {c["kind"] for c in figures["collectives"]}
 
 
 @needs_libtpu

@@ -106,7 +106,7 @@ def test_no_mesh_is_told():
     config = run(batch=12)
     _, shape = planned("data=1", config)
     with pytest.raises(UserError, match="no mesh of 64 devices shares 12 rows in 1 parts evenly"):
-        meshes.candidates(config, TINY, V5E, 64, shape, roofline.Work(1, 1, 1))
+        meshes.candidates(config, TINY, V5E, 64, shape, roofline.Work(1, 1, 1, 1, 1))
 
 
 def test_the_fastest_that_fits_comes_first():
@@ -138,7 +138,35 @@ def test_exchanges_between_islands_wait_for_the_network():
 
 def test_bounds():
     held = roofline.Held(10, 20, 30, 40)
-    bound = roofline.bound(V5E, 2, roofline.Work(197e12, 394e12, 8.0), held, 0.5)
+    bound = roofline.bound(V5E, 2, roofline.Work(197e12, 394e12, 8.0, 0.0, 3), held, 5.0, 0.5)
     assert (bound.compute, bound.exchange, bound.step) == (1.0, 0.5, 1.0)
-    assert bound.memory == pytest.approx((2 * 40 + 20 + 40 + 8) / 819e9)
+    assert bound.memory == pytest.approx((2 * 40 + 20 + 40 + 2 * 5 + 2 * 3 * 4) / 819e9)
     assert bound.mfu == pytest.approx(0.5)
+
+
+def test_a_named_mesh_is_checked():
+    for mesh, message in (("fsdp=4", "is not one of 8 devices"), ("fsdp=0", "positive sizes"), ("model=8", "positive sizes")):
+        config = run(mesh=mesh)
+        with pytest.raises(UserError, match=message):
+            meshes.candidates(config, TINY, V5E, 8, planned("data=1")[1], roofline.Work(1, 1, 1, 1, 1))
+
+
+def test_rows_that_cannot_be():
+    setup, _ = planned("data=1")
+    for images, length in ((1, 65), (64, 64), (63, 64)):
+        with pytest.raises(UserError, match="choose other --images or --length"):
+            roofline.bucket(setup, images, length)
+
+
+def test_exchanges_by_hand():
+    """Over tensor: two projections of each layer, both ways; over data: gradients; in two bytes."""
+    config = run(remat="none", groups=(GroupConfig("(?!lm_head).*"), GroupConfig("lm_head/.*", 1e-3)))
+    setup, shape = planned("data=2,tensor=4", config)
+    found = meshes.exchanges(setup, shape)
+    d, v = TINY.decoder, TINY.vision
+    positions = 64 * d.num_layers + (TINY.prefix_length + shape.fused) * TINY.prefusion_layers
+    summed = 4 * positions * d.hidden_size + 2 * (v.grid**2 + 1) * (v.num_layers - 1) * v.hidden_size
+    assert found["fsdp"] == []
+    assert found["tensor"] == [program.Collective("all-reduce", 4, 2 * 2 * summed * 8 * 3 / 4, 0)]
+    head = d.hidden_size * d.vocab_size / 4
+    assert found["data"] == [program.Collective("all-reduce", 2, 2 * 2 * head / 2, 0)]
