@@ -83,6 +83,7 @@ def open_checkpoint(src: str, options: Options, *, base: str | None = None, visi
     )
     tokenizer = _tokenizer(folders, options)
     config = model_from_hf(hf, _generation(folders), vision_config, tokenizer, str(hf_folder / "config.json"))
+    config = dataclasses.replace(config, template=options.template or config.template)
     leaves, ignored = match(table(config), _together(tensors, separate), patterns, src)
     _report_ignored(ignored, options)
     return Opened(config, leaves, tokenizer, folders)
@@ -128,6 +129,7 @@ def compose(llm: str, vision: str, dst: str, options: Options, *, seed: int = 0)
     vision_config, separate = encoder(vision, weights=True)
     path = folder / "config.json"
     config = text_model_from_hf(read_json(path), _generation(folders), vision_config, tokenizer, str(path))
+    config = dataclasses.replace(config, template=options.template or config.template)
     tensors = _together(open_tensors(folder), separate)
     stored = [entry for entry in table(config) if not entry.tensor.startswith(_PROJECTOR)]
     leaves, ignored = match(stored, tensors, patterns, f"{llm} and {vision}")
@@ -208,7 +210,6 @@ def _write(
     folders: Sequence[Path],
     options: Options,
 ) -> None:
-    config = dataclasses.replace(config, template=options.template or config.template)
     if options.dtype:
         leaves = {name: _cast(leaf, DTYPES[options.dtype]) for name, leaf in leaves.items()}
     total = sum(map(num_bytes, leaves.values()))

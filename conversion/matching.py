@@ -72,7 +72,8 @@ def match(
         if tensor.dtype not in WEIGHT_DTYPES:
             faults.append(Fault("wrong dtype", entry.tensor, f" {tensor.dtype}, expected fp16, bf16 or fp32"))
         for index, (name, shape) in enumerate(entry.leaves):
-            leaves[name] = LazyLeaf(shape, tensor.dtype, _reader(entry, index, tensor), _part_reader(entry, index, tensor))
+            part = _part_reader(entry, index, tensor) if tensor.part else None
+            leaves[name] = LazyLeaf(shape, tensor.dtype, _reader(entry, index, tensor), part)
     if faults:
         raise UserError(f"the tensors of {where} do not fit its configuration, nothing was written: {listed(faults)}")
     return leaves, sorted(ignored)
@@ -85,7 +86,7 @@ def _reader(entry: Entry, index: int, tensor: LazyLeaf) -> Callable[[], np.ndarr
 def _part_reader(entry: Entry, number: int, tensor: LazyLeaf) -> Callable[[tuple[slice, ...]], np.ndarray]:
     def read(index: tuple[slice, ...]) -> np.ndarray:
         place = entry.place(number, index)
-        if place is None or tensor.part is None:
+        if place is None:
             return entry.leaf(number, tensor.read())[index]
         shape = tuple(part.stop - part.start for part in index)
         return np.ascontiguousarray(entry.transform.forward(tensor.part(place), shape))

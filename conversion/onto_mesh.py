@@ -29,7 +29,7 @@ def onto_mesh(
     Args:
       src: folder or hub name.
       mesh: from `sharding.make_mesh`.
-      options: see `Options`; what tells of writing has no meaning here.
+      options: see `Options`; `overwrite` and `dtype` have no meaning here.
       dtype: of the parameters.
       base, vision: as of `from_hf`.
 

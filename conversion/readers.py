@@ -151,19 +151,18 @@ def _open_safetensors(path: Path) -> dict[str, LazyLeaf]:
 
 
 def _lazy(path: Path, name: str, shape: tuple[int, ...], dtype: Any) -> LazyLeaf:
-    def read() -> np.ndarray:
-        from safetensors import safe_open
+    def tensor(index: tuple[slice, ...] | None) -> np.ndarray:
+        from safetensors import SafetensorError, safe_open
 
-        with safe_open(path, framework="numpy") as file:  # opened anew each time: an open map keeps what was read in memory
-            return file.get_tensor(name)
+        try:
+            with safe_open(
+                path, framework="numpy"
+            ) as file:  # opened anew each time: an open map keeps what was read in memory
+                return file.get_tensor(name) if index is None else file.get_slice(name)[index]
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} cannot be read any more ({error}): did it change meanwhile?") from error
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
-        from safetensors import safe_open
-
-        with safe_open(path, framework="numpy") as file:
-            return file.get_slice(name)[index]
-
-    return LazyLeaf(shape, np.dtype(dtype), read, part)
+    return LazyLeaf(shape, np.dtype(dtype), lambda: tensor(None), tensor)
 
 
 def shorten(names: Iterable[str], most: int = 8) -> str:

@@ -3,28 +3,31 @@
 #
 #     HOSTS="node1 node2" examples/train_over_ssh.sh configs/stage2_vicuna_7b.py [--field value ...]
 #
-# The others meet at the first host (PORT, 8476). When one process fails, all end, and the run goes on from its last
-# checkpoint, at most RESTARTS (5) times. Other exit statuses than those of failures (2: bad input; 143: asked to stop) end it.
+# They meet at the first host (PORT, 8476). When one fails, all end, and the run goes on from its last checkpoint after PAUSE
+# (10) seconds, at most RESTARTS (5) times. Bad input (exit status 2) and a wish to stop (143) are no failures. PYTHON (python)
+# is run on each host by way of SSH (ssh -tt: what is interrupted here ends there).
 set -uo pipefail
 read -ra hosts <<< "${HOSTS:?as HOSTS=\"node1 node2\"}"
 words=$(printf '%q ' "$@")
-ended=0
 trap 'kill $(jobs -p) 2> /dev/null' EXIT
 
 for attempt in $(seq 0 "${RESTARTS:-5}"); do
-    [ "$attempt" = 0 ] || echo "attempt $attempt, after exit status $ended"
+    [ "$attempt" = 0 ] || { echo "attempt $attempt, after exit status $ended"; sleep "${PAUSE:-10}"; }
     processes=()
     for i in "${!hosts[@]}"; do
-        who="LMM_COORDINATOR=${hosts[0]}:${PORT:-8476} LMM_PROCESSES=${#hosts[@]} LMM_PROCESS=$i"
-        ${SSH:-ssh} "${hosts[$i]}" "cd $(printf '%q' "$PWD") && $who ${PYTHON:-python} -m train $words" &
+        who="LMM_COORDINATOR=${hosts[0]#*@}:${PORT:-8476} LMM_PROCESSES=${#hosts[@]} LMM_PROCESS=$i"
+        ${SSH:-ssh -tt} "${hosts[$i]}" "cd $(printf '%q' "$PWD") && $who ${PYTHON:-python} -m train $words" &
         processes+=($!)
     done
-    ended=0
+    statuses=" "
     for process in "${processes[@]}"; do
         wait "$process"
-        status=$?
-        [ "$status" = 0 ] || ended=$status
+        statuses+="$? "
     done
-    case "$ended" in 0 | 2 | 143) exit "$ended" ;; esac
+    for ended in 2 143; do
+        case "$statuses" in *" $ended "*) exit "$ended" ;; esac
+    done
+    ended=$(tr ' ' '\n' <<< "$statuses" | sort -n | tail -1)
+    [ "$ended" = 0 ] && exit 0
 done
 exit "$ended"

@@ -7,6 +7,8 @@ stacked ("layers/stack/mlp/up_proj/kernel"[7]). `disk_names` is the one place th
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import glob
 import json
 import os
@@ -193,7 +195,7 @@ def place_leaves(leaves: Mapping[str, LazyLeaf], abstract: Any) -> Any:
     """
 
     def place(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        layers, read = [leaves[name] for name in names[path]], {}
+        layers, read = [_read_once(leaves[name]) for name in names[path]], {}
 
         def at(index: tuple[slice, ...]) -> np.ndarray:
             index = tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, leaf.shape))
@@ -207,6 +209,11 @@ def place_leaves(leaves: Mapping[str, LazyLeaf], abstract: Any) -> Any:
 
     names, paths = disk_names(abstract), leaf_paths(abstract)
     return jax.tree.unflatten(jax.tree.structure(abstract), [place(path, leaf) for path, leaf in paths.items()])
+
+
+def _read_once(leaf: LazyLeaf) -> LazyLeaf:
+    """A leaf that, where it cannot read a part of itself, keeps the whole for the next part."""
+    return leaf if leaf.part else dataclasses.replace(leaf, read=functools.cache(leaf.read))
 
 
 def _place(folder: Path, store: ts.TensorStore, leaf: jax.ShapeDtypeStruct, dtype: Any) -> jax.Array:

@@ -7,7 +7,6 @@ real step takes longer; one whose exchange takes longer than its products cannot
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable
 
 import jax
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 
 from lmm_jax.analysis import program
 from lmm_jax.analysis.program import Collective
+from lmm_jax.analysis.rehearsal import device_bytes
 from lmm_jax.errors import UserError
 from train.data import empty_arrays
 from train.flops import model_flops
@@ -149,7 +149,7 @@ def work(setup: Setup, shape: Bucket) -> Work:
 def held(setup: Setup, shape: Bucket) -> Held:
     """What a device holds of the state and the batch."""
     state, batch = planned_state(setup), abstract_batch(setup, shape)
-    return Held(*(sum(map(_device_bytes, jax.tree.leaves(x))) for x in (state.trained, state.frozen, state.optimizer, batch)))
+    return Held(*(sum(map(device_bytes, jax.tree.leaves(x))) for x in (state.trained, state.frozen, state.optimizer, batch)))
 
 
 def bound(chip: Chip, devices: int, work: Work, held: Held, exchanged: float, seconds: float) -> Bound:
@@ -183,7 +183,3 @@ def receiving(chip: Chip, exchanged: Iterable[Collective], stride: int = 1) -> f
 def itemsize(setup: Setup) -> int:
     """Bytes of a number of the trained parameters."""
     return jnp.dtype(setup.config.compute.trained_dtype).itemsize
-
-
-def _device_bytes(x: jax.ShapeDtypeStruct) -> int:
-    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize

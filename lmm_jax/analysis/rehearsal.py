@@ -96,7 +96,7 @@ def rehearse(
         whole = NamedSharding(mesh, PartitionSpec())
         shapes = jax.eval_shape(apart.set_all_apart, params)
         params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
-    held.bytes = parameters = sum(map(_device_bytes, jax.tree.leaves(params)))
+    held.bytes = parameters = sum(map(device_bytes, jax.tree.leaves(params)))
     engine = Engine(config, params, mesh, dtype=dtype, kv_cache=kv_cache, attention=attention, prefix_cache_bytes=0)
     programs: list[Program] = []
     for owner in (engine, engine.images, engine.programs):
@@ -148,7 +148,7 @@ class _Array:
 
     def __init__(self, shape: jax.ShapeDtypeStruct, held: _Held) -> None:
         self.abstract, self.shape, self.dtype = shape, shape.shape, shape.dtype
-        self._held, self._bytes = held, _device_bytes(shape)
+        self._held, self._bytes = held, device_bytes(shape)
         held.bytes += self._bytes
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -208,7 +208,8 @@ def _abstract(x: Any) -> Any:
     return jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, (np.ndarray, np.generic)) else x
 
 
-def _device_bytes(x: jax.ShapeDtypeStruct) -> int:
+def device_bytes(x: jax.ShapeDtypeStruct) -> int:
+    """Of an array, on one device."""
     shape = x.sharding.shard_shape(x.shape) if x.sharding else x.shape
     return math.ceil(math.prod(shape) * _bits(x.dtype) / 8)
 

@@ -1,18 +1,22 @@
 """A checkpoint straight onto a mesh: the same parameters as by way of a model folder, each slice read alone."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
 from crafting import CASES, GOLDEN, write_bin
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from conversion import readers
-from conversion.from_hf import Options, from_hf
+from conversion.from_hf import Options, from_hf, open_checkpoint
 from conversion.matching import match
 from conversion.names import table
 from conversion.onto_mesh import onto_mesh
 from lmm_jax import checkpoint
+from lmm_jax.checkpoint import place_leaves
 from lmm_jax.config import named_sizes
+from lmm_jax.errors import UserError
 from lmm_jax.models.llava_mini import abstract_params
 from lmm_jax.sharding import leaf_paths, make_mesh
 
@@ -79,6 +83,34 @@ def test_parts_of_heads_are_read_whole():
     (name, shape), *_ = entry.leaves
     index = (slice(0, shape[0]), slice(0, shape[1]), slice(1, 3))
     assert leaves[name].take(index).tobytes() == np.ascontiguousarray(entry.leaf(0, array)[index]).tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(dtype, tmp_path):
+    hf = tmp_path / "hf"
+    shutil.copytree(GOLDEN / "image_c1" / "hf", hf)
+    file = hf / "model.safetensors"
+    tensors = {name: array.astype(dtype) for name, array in load_file(file).items()}
+    save_file(tensors, file)
+    vision, mesh = str(GOLDEN / "image_c1" / "clip"), make_mesh("fsdp=2,tensor=2")
+    from_hf(str(hf), str(tmp_path / "model"), QUIET, vision=vision)
+    config, got = onto_mesh(str(hf), mesh, QUIET, vision=vision, dtype="float32")
+    expected = checkpoint.load_params(tmp_path / "model", abstract_params(config, mesh, "float32"))
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), got, expected)))
+
+
+def test_a_file_that_goes_away(tmp_path):
+    hf = tmp_path / "hf"
+    shutil.copytree(GOLDEN / "image_c1" / "hf", hf)
+    opened = open_checkpoint(str(hf), QUIET, vision=str(GOLDEN / "image_c1" / "clip"))
+    (hf / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="model.safetensors cannot be read any more"):
+        place_leaves(opened.leaves, abstract_params(opened.config, make_mesh(), "float32"))
+
+
+def test_the_template_is_taken(tmp_path):
+    options = Options(report=lambda line: None, template="plain")
+    assert onto_mesh(str(GOLDEN / "image_c1/hf"), make_mesh(), options)[0].template == "plain"
 
 
 def test_torch_files_are_read_too(tmp_path):

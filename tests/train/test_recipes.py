@@ -43,7 +43,7 @@ def environment(devices: int) -> dict[str, str]:
 
 def over_ssh(config: TrainConfig | Path, shell: Path, **more: str) -> subprocess.CompletedProcess:
     file = write_config(config) if isinstance(config, TrainConfig) else config
-    env = environment(4) | {"HOSTS": "localhost localhost", "SSH": str(shell), "PORT": str(free_port())}
+    env = environment(4) | {"HOSTS": "localhost localhost", "SSH": str(shell), "PORT": str(free_port()), "PAUSE": "0"}
     env |= {"PYTHON": shlex.quote(sys.executable)} | more
     return subprocess.run([SCRIPT, file], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
@@ -67,14 +67,37 @@ def test_a_failure_is_tried_again(tmp_path, shell):
     """A program that fails the first time, in place of training."""
     failing = tmp_path / "python"
     failing.write_text(
-        f'#!/bin/sh\n[ -e "{tmp_path}/tried.$LMM_PROCESS" ] && exit 0\ntouch "{tmp_path}/tried.$LMM_PROCESS"\nexit 1\n'
+        f'#!/bin/sh\n[ -e "{tmp_path}/tried.$LMM_PROCESS" ] && exit 0\ntouch "{tmp_path}/tried.$LMM_PROCESS"\nexit 134\n'
     )
     failing.chmod(0o755)
     done = over_ssh(tmp_path / "config.py", shell, PYTHON=str(failing))
-    assert done.returncode == 0 and "attempt 1, after exit status 1" in done.stdout
-    failing.write_text("#!/bin/sh\nexit 1\n")
+    assert done.returncode == 0 and "attempt 1, after exit status 134" in done.stdout
+    failing.write_text("#!/bin/sh\nexit 134\n")
     done = over_ssh(tmp_path / "config.py", shell, PYTHON=str(failing), RESTARTS="2")
-    assert done.returncode == 1 and "attempt 2" in done.stdout and "attempt 3" not in done.stdout
+    assert done.returncode == 134 and "attempt 2" in done.stdout and "attempt 3" not in done.stdout
+
+
+def test_what_is_no_failure_is_not_tried_again(tmp_path, shell):
+    """One process was asked to stop, the other lost it."""
+    failing = tmp_path / "python"
+    failing.write_text("#!/bin/sh\nexit $((134 + 9 * LMM_PROCESS))\n")
+    failing.chmod(0o755)
+    done = over_ssh(tmp_path / "config.py", shell, PYTHON=str(failing))
+    assert done.returncode == 143 and "attempt" not in done.stdout
+
+
+@pytest.mark.parametrize("status", [0, 143, 1])
+def test_the_batch_script(tmp_path, status):
+    """With programs in place of SLURM's that write down what they are asked."""
+    for name, ends in (("srun", status), ("scontrol", 0)):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" "$LMM_COORDINATOR" >> "{tmp_path}/asked"\nexit {ends}\n')
+        (tmp_path / name).chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "12"}
+    done = subprocess.run(["bash", ROOT / "examples" / "train.sbatch", "a.py", "--max-steps", "3"], env=env)
+    assert done.returncode == status
+    started, *more = (tmp_path / "asked").read_text().splitlines()
+    assert started == "srun --kill-on-bad-exit=1 --cpus-per-task=12 python -m train a.py --max-steps 3 auto"
+    assert more == (["scontrol requeue 7 auto"] if status == 143 else [])
 
 
 @pytest.mark.slow
@@ -95,9 +118,3 @@ def test_as_slurm_starts_tasks(records, tmp_path):
     statuses, said = wait_all(config, processes)
     assert statuses == [0, 0], said
     assert sorted(figures(config.folder)) == [1, 2]
-
-
-@pytest.mark.parametrize("script", ["train.sbatch", "train_over_ssh.sh"])
-def test_scripts_are_scripts(script):
-    done = subprocess.run(["bash", "-n", ROOT / "examples" / script], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
