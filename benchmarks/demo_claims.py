@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -34,6 +35,7 @@ from train.config import GroupConfig, StartConfig, TrainConfig  # noqa: E402
 from train.loop import train  # noqa: E402
 
 RESULTS = Path(__file__).with_suffix(".json")
+START = RESULTS.with_name("demo_claims_start")  # what the first hour gives; it is trained again where it is deleted
 CACHE = f"{demo.FOLDER}/claims/lengths"
 BUCKETS = (72, 104, 136, 168, 208, 256)  # for rows with 1 to 64 tokens of a picture
 ALL_TOKENS = "all 64 tokens, no fusion (LLaVA-v1.5)"
@@ -59,8 +61,10 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=1000, help="fresh pictures to measure with (1000)")
     args = parser.parse_args()
     draw()
-    if not all(train(config) for config in beginning()):
-        return 143
+    if not START.exists():
+        if not all(train(config) for config in beginning()):
+            return 143
+        shutil.copytree(Path(beginning()[-1].folder) / "model", START)
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"machine": machine("jax", "flax", "optax"), "arms": []}
     done = {(a["arm"], a["seed"], a["steps"]) for a in found["arms"]}
     for seed in args.seeds:
@@ -108,7 +112,7 @@ def arm(name: str, changes: dict[str, Any], seed: int, steps: int) -> TrainConfi
     return dataclasses.replace(
         base,
         folder=f"{demo.FOLDER}/claims/{'_'.join(name.replace(',', '').split())}_{seed}_{steps}",
-        start=StartConfig(folder=f"{beginning()[-1].folder}/model", seed=seed, **changes),
+        start=StartConfig(folder=str(START), seed=seed, **changes),
         data=dataclasses.replace(
             base.data, sources=demo.sources("world", "images"), epochs=1, seed=seed, cache=CACHE, buckets=BUCKETS
         ),

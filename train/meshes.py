@@ -27,6 +27,7 @@ from train.hardware import Chip
 from train.plan import Bucket
 from train.roofline import Bound, Held, Work
 from train.setup import Setup, plan
+from train.step import TrainState
 
 TENSOR = (1, 2, 4, 8)  # sizes of the tensor axis that are tried
 ROOM = 0.9  # of a chip's memory that an estimate may fill
@@ -103,12 +104,13 @@ def candidates(
 
 def candidate(spec: str, setup: Setup, shape: Bucket, chip: Chip, work: Work) -> Candidate:
     """The estimate for one mesh."""
-    held, mesh = roofline.held(setup, shape), setup.mesh
+    state, mesh = roofline.planned_state(setup), setup.mesh
+    held = roofline.held(state, roofline.abstract_batch(setup, shape))
     shared, tensor = sharding.batch_multiple(mesh), mesh.shape["tensor"]
     kept = work.kept_bytes / shared
     gradients = (2 if work.parts > 1 else 1) * held.trained * 4 / roofline.itemsize(setup)
     working = gradients + work.logits_bytes / shared / tensor
-    exchanged = exchanges(setup, shape)
+    exchanged = exchanges(setup, state, shape)
     strides = {"data": mesh.shape["fsdp"] * tensor, "fsdp": tensor, "tensor": 1}
     seconds = sum(roofline.receiving(chip, of, strides[axis]) for axis, of in exchanged.items())
     found = [c for of in exchanged.values() for c in of]
@@ -117,9 +119,9 @@ def candidate(spec: str, setup: Setup, shape: Bucket, chip: Chip, work: Work) ->
     return Candidate(spec, held, kept, working, bound, found, fits)
 
 
-def exchanges(setup: Setup, shape: Bucket) -> dict[str, list[Collective]]:
+def exchanges(setup: Setup, state: TrainState, shape: Bucket) -> dict[str, list[Collective]]:
     """What every device receives in a step, by axis of the mesh."""
-    mesh, state = setup.mesh, roofline.planned_state(setup)
+    mesh = setup.mesh
     data, fsdp, tensor = (mesh.shape[axis] for axis in sharding.MESH_AXES)
     parts, width = setup.config.optimizer.accumulation, setup.model.dtype.itemsize
     found: dict[str, list[Collective]] = {axis: [] for axis in sharding.MESH_AXES}

@@ -146,9 +146,8 @@ def work(setup: Setup, shape: Bucket) -> Work:
     return Work(needed, executed, program.dependent_bytes(residuals, len(of_part)), logits, parts)
 
 
-def held(setup: Setup, shape: Bucket) -> Held:
-    """What a device holds of the state and the batch."""
-    state, batch = planned_state(setup), abstract_batch(setup, shape)
+def held(state: TrainState, batch: Arrays) -> Held:
+    """What a device holds of them, from `planned_state` and `abstract_batch`."""
     return Held(*(sum(map(device_bytes, jax.tree.leaves(x))) for x in (state.trained, state.frozen, state.optimizer, batch)))
 
 

@@ -14,6 +14,7 @@ V vision tokens per image, S prefix length, T decoder positions, I instruction t
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -233,9 +234,15 @@ def abstract_params(config: ModelConfig, mesh: Mesh, dtype: Any = None) -> Any:
       mesh: from `sharding.make_mesh`.
       dtype: of every leaf; None keeps float32.
     """
-    shapes = jax.eval_shape(lambda: _init(config, jax.random.key(0)))  # no key here: a mesh may have no device at hand
+    shapes = _shapes(config)
     shardings = sharding.param_shardings(shapes, mesh)
     return jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, dtype or s.dtype, sharding=sh), shapes, shardings)
+
+
+@functools.lru_cache(maxsize=16)  # seconds for a large model
+def _shapes(config: ModelConfig) -> Any:
+    """Made without a key from outside: that would need a device at hand."""
+    return jax.eval_shape(lambda: _init(config, jax.random.key(0)))
 
 
 def init_params(config: ModelConfig, mesh: Mesh, seed: int = 0, dtype: Any = None) -> Any:

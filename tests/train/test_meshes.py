@@ -31,6 +31,10 @@ def planned(spec, config=None, chip=V5E):
     return setup, roofline.bucket(setup, 1, 64)
 
 
+def held_of(setup, shape):
+    return roofline.held(roofline.planned_state(setup), roofline.abstract_batch(setup, shape))
+
+
 def test_a_mesh_of_chips_that_are_not_here():
     setup, _ = planned("fsdp=4,tensor=2")
     assert sharding.platform(setup.mesh) == "tpu" and setup.model.dtype == "bfloat16"
@@ -45,12 +49,12 @@ def test_what_is_held_is_what_the_arrays_take():
         state, batch = roofline.planned_state(here), roofline.abstract_batch(here, shape)
         compiled = here.step_function(roofline.STEPS).lower(state, batch).compile()
     step = 4  # bytes of its number
-    assert compiled.memory_analysis().argument_size_in_bytes == roofline.held(setup, shape).total + step
+    assert compiled.memory_analysis().argument_size_in_bytes == held_of(setup, shape).total + step
 
 
 def test_frozen_parameters_have_no_optimizer_state():
     stage_1 = (GroupConfig("mm_projector/.*", 1e-3), GroupConfig("(?!mm_projector/).*"))
-    held = roofline.held(*planned("fsdp=8", run(stage_1)))
+    held = held_of(*planned("fsdp=8", run(stage_1)))
     assert held.frozen > 20 * held.trained
     assert 2 * held.trained <= held.optimizer <= 2 * held.trained + 64  # two moments and counters
 
@@ -60,7 +64,7 @@ def test_exchanges_are_those_of_the_compiled_program():
     config = run(remat="none")
     config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, dtype="float32"))
     setup, shape = planned("fsdp=8", config)
-    found = [c for of in meshes.exchanges(setup, shape).values() for c in of]
+    found = [c for of in meshes.exchanges(setup, roofline.planned_state(setup), shape).values() for c in of]
     here = plan(config, TINY, sharding.make_mesh("fsdp=8"))
     with jax.set_mesh(here.mesh):
         state, batch = roofline.planned_state(here), roofline.abstract_batch(here, shape)
@@ -98,7 +102,7 @@ def test_candidates_share_rows_evenly():
     found = list(meshes.specs(config, 32))
     assert "data=1,fsdp=16,tensor=2" in found and not any(spec.endswith("tensor=1") for spec in found)
     for spec in found:
-        assert math.prod(sharding.parse_mesh(spec).values()) == 32
+        assert math.prod(sharding.mesh_sizes(spec).values()) == 32
     assert not list(meshes.specs(run(batch=12), 64))
 
 
@@ -113,7 +117,7 @@ def test_the_fastest_that_fits_comes_first():
     config = run(batch=64)
     setup, shape = planned("data=1", config)
     work = roofline.work(setup, shape)
-    held = roofline.held(setup, shape)
+    held = held_of(setup, shape)
     small = dataclasses.replace(V5E, memory=0.6 * held.total)
     found = meshes.candidates(config, TINY, small, 8, shape, work)
     fits = [c.fits for c in found]
@@ -162,7 +166,7 @@ def test_exchanges_by_hand():
     """Over tensor: two projections of each layer, both ways; over data: gradients; in two bytes."""
     config = run(remat="none", groups=(GroupConfig("(?!lm_head).*"), GroupConfig("lm_head/.*", 1e-3)))
     setup, shape = planned("data=2,tensor=4", config)
-    found = meshes.exchanges(setup, shape)
+    found = meshes.exchanges(setup, roofline.planned_state(setup), shape)
     d, v = TINY.decoder, TINY.vision
     positions = 64 * d.num_layers + (TINY.prefix_length + shape.fused) * TINY.prefusion_layers
     summed = 4 * positions * d.hidden_size + 2 * (v.grid**2 + 1) * (v.num_layers - 1) * v.hidden_size
