@@ -88,14 +88,9 @@ def draw() -> None:
     folder = ROOT / demo.FOLDER
     if not (folder / "tokenizer" / "tokenizer.json").exists():
         write_tokenizer(folder / "tokenizer")
-    worlds = {
-        "easy": {"images": 16000, "seed": 100, "objects": (1, 1)},
-        "held_out": {"images": 608, "seed": 300},
-        "world": {"images": 60000, "seed": 200, "turns": (4, 10)},
-    }
-    for world, settings in worlds.items():
+    for world in ("easy", "held_out", "world"):
         if not (folder / world / "images.json").exists():
-            write_dataset(folder / world, clips=0, **settings)
+            write_dataset(folder / world, **demo.WORLDS[world] | {"clips": 0})
 
 
 def beginning() -> tuple[TrainConfig, TrainConfig]:

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lmm_jax.config import DecoderConfig, ModelConfig, VisionConfig
 from train.config import GroupConfig, SourceConfig
 
 FOLDER = "out/demo"
 TOKENIZER = f"{FOLDER}/tokenizer"
+WORLDS: dict[str, dict[str, Any]] = {  # what `lmm_jax.demo.dataset.write_dataset` draws in folders of that name
+    "easy": {"images": 16000, "clips": 0, "seed": 100, "objects": (1, 1)},
+    "world": {"images": 60000, "clips": 12000, "seed": 200, "turns": (4, 10)},
+    "binding": {  # what is learnt last is asked more often
+        "images": 60000,
+        "clips": 0,
+        "seed": 400,
+        "turns": (4, 10),
+        "times": {"relation": 3, "comparison": 2, "position": 2},
+    },
+    "clips": {"images": 0, "clips": 30000, "seed": 500, "turns": (4, 10)},
+    "held_out": {"images": 608, "clips": 158, "seed": 300},
+}
 
 
 def model() -> ModelConfig:

@@ -12,11 +12,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lmm_jax.demo.dataset import write_dataset
-from lmm_jax.demo.tokenizer import write_tokenizer
-
 ROOT = Path(__file__).parent.parent
-OUT = ROOT / "out" / "demo"
+sys.path.insert(0, str(ROOT))
+
+from configs import demo  # noqa: E402
+from lmm_jax.demo.dataset import write_dataset  # noqa: E402
+from lmm_jax.demo.tokenizer import write_tokenizer  # noqa: E402
+
+OUT = ROOT / demo.FOLDER
 RUNS = ("demo_1_easy", "demo_2_world", "demo_3_align", "demo_4_token", "demo_5_clips", "demo_6_mini", "demo_7_finish")
 
 
@@ -28,12 +31,9 @@ def main() -> None:
     share = 200 if quick else 1
 
     # 1. Conversations about pictures and clips: LLaVA JSON beside PNG and MP4 files.
-    write_dataset(OUT / "easy", images=16000 // share, clips=0, seed=100, objects=(1, 1))
-    write_dataset(OUT / "world", images=60000 // share, clips=12000 // share, seed=200, turns=(4, 10))
-    hard = {"relation": 3, "comparison": 2, "position": 2}  # learnt last, so asked more often
-    write_dataset(OUT / "binding", images=60000 // share, clips=0, seed=400, turns=(4, 10), times=hard)
-    write_dataset(OUT / "clips", images=0, clips=30000 // share, seed=500, turns=(4, 10))
-    write_dataset(OUT / "held_out", images=600 // share + 8, clips=150 // share + 8, seed=300)
+    for world, settings in demo.WORLDS.items():
+        number = {kind: min(settings[kind], settings[kind] // share + 11) for kind in ("images", "clips")}
+        write_dataset(OUT / world, **settings | number)
 
     # 2. A tokenizer of the words that occur in them.
     write_tokenizer(OUT / "tokenizer")

@@ -217,7 +217,7 @@ def _told(chip: Chip, chosen: Candidate, compiled: Compiled | None, figures: dic
         "temporaries": "temporaries" if compiled else "gradients and logits",
     }
     lines = [f"{chosen.mesh}, {how}:", "", "| memory of a device | GB |", "|---|---|"]
-    lines += [f"| {text} | {memory[k] / 1e9:.2f} |" for k, text in kinds.items() if memory[k] is not None]
+    lines += [f"| {text} | {memory[k] / 1e9:.2f} |" for k, text in kinds.items()]
     lines += [f"| all that is alive at once | {memory['peak'] / 1e9:.2f} of {chip.memory / 1e9:.1f} |", ""]
     lines += ["| collective | devices | GB received | times |", "|---|---|---|---|"]
     for c in figures["collectives"]:
