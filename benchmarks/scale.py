@@ -3,7 +3,8 @@
     python benchmarks/scale.py                            estimates: all runs on all topologies, one run on 8 to 1,024 chips
     python benchmarks/scale.py --compile v5e-64 v5p-128   compiles every run for these (with libtpu, without a TPU)
 
-Each prints tables and keeps its figures in benchmarks/scale.json; what is compiled already is not compiled again.
+Each prints tables, keeps its figures in benchmarks/scale.json and the settings that come out best in configs/ready.json, where
+compiled ones go before estimated ones. What is compiled already is not compiled again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import importlib
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,10 @@ quiet_libtpu()
 
 from machine import machine  # noqa: E402
 
-from train import compile, hardware, meshes  # noqa: E402
+from train import compile, hardware, meshes, ready  # noqa: E402
 from train.start import planned_config  # noqa: E402
 
-RESULT = Path(__file__).with_suffix(".json")
+RESULT, READY = Path(__file__).with_suffix(".json"), ROOT / "configs" / ready.FILE
 RUNS = (
     "stage1_vicuna_7b",
     "stage1_llama_3_1_8b",
@@ -41,6 +43,7 @@ RUNS = (
     "llava_v1_5_vicuna_7b",
 )
 TOPOLOGIES = ("v5e-64", "v5e-256", "v5p-128", "v6e-64", "v6e-256", "a100-8", "a100-64", "h100-8", "h100-64")
+HOW = "mesh | remat | parts | fits"
 SCALED, SIZES = "stage2_llama_3_1_8b", (8, 16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -50,19 +53,32 @@ def main() -> None:
     parser.add_argument("--compile", nargs="+", default=[], metavar="TOPOLOGY")
     parser.add_argument("--runs", nargs="+", default=RUNS, choices=RUNS)
     args = parser.parse_args()
-    kept = json.loads(RESULT.read_text()) if RESULT.exists() else {"compiled": {}}
-    if args.compile:
-        for run in args.runs:
-            for topology in args.compile:
-                if f"{run} {topology}" not in kept["compiled"]:
-                    print(f"\n## {run} on {topology}\n", flush=True)
-                    figures = compile.run(config_of(run), topology)
-                    kept["compiled"][f"{run} {topology}"] = figures | {"machine": machine("jax", "libtpu")}
-                    RESULT.write_text(json.dumps(kept, indent=1) + "\n")
-        return
-    kept["estimated"] = kept.get("estimated", {}) | {run: estimated(run) for run in args.runs}
-    kept["scaling"] = scaling()
+    kept = json.loads(RESULT.read_text()) if RESULT.exists() else {"compiled": {}, "estimated": {}}
+    for run in args.runs if args.compile else ():
+        for topology in args.compile:
+            if topology not in kept["compiled"].setdefault(run, {}):
+                print(f"\n## {run} on {topology}\n", flush=True)
+                start = time.monotonic()
+                figures = compile.run(config_of(run), topology, search=True)
+                figures |= {"seconds": time.monotonic() - start, "machine": machine("jax", "libtpu")}
+                kept["compiled"][run][topology] = figures
+                write(kept)
+    if not args.compile:
+        kept["estimated"] |= {run: estimated(run) for run in args.runs}
+        kept["scaling"] = scaling()
+        write(kept)
+
+
+def write(kept: dict[str, Any]) -> None:
+    """All figures, and the settings that they speak for."""
     RESULT.write_text(json.dumps(kept, indent=1) + "\n")
+    settings: dict[str, Any] = {}
+    for run in RUNS:
+        for topology in TOPOLOGIES:
+            found = kept["compiled"].get(run, {}).get(topology) or kept["estimated"].get(run, {}).get(topology)
+            if found and found["fits"]:
+                settings.setdefault(run, {})[topology] = {k: found[k] for k in ("mesh", "remat", "accumulation")}
+    READY.write_text(json.dumps(settings, indent=1) + "\n")
 
 
 def config_of(run: str) -> Any:
@@ -77,12 +93,10 @@ def estimated(run: str) -> dict[str, Any]:
         chip, devices, _ = hardware.parse(topology)
         found[topology] = row(best(run, chip, devices))
     print(f"\n## {run}, {config_of(run).data.batch_size} rows of {config_of(run).data.max_length} positions, a picture each\n")
-    print("| topology | mesh | fits | memory, GB | step at least, s | exchange at least, s | MFU at most |")
-    print("|---|---|---|---|---|---|---|")
+    print(f"| topology | {HOW} | memory, GB | step at least, s | exchange at least, s | MFU at most |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for topology, f in found.items():
-        print(
-            f"| {topology} | {f['mesh']} | {'yes' if f['fits'] else 'no'} | {f['bytes'] / 1e9:.1f} | {told(f)} |", flush=True
-        )
+        print(f"| {topology} | {how(f)} | {f['bytes'] / 1e9:.1f} | {told(f)} |", flush=True)
     return found
 
 
@@ -90,8 +104,8 @@ def scaling() -> dict[str, Any]:
     """One run on more and more chips; TPUs beyond a pod are several pods, which a network joins."""
     found: dict[str, Any] = {}
     print(f"\n## {SCALED} on 8 to 1,024 chips\n")
-    print("| chip | devices | mesh | fits | step at least, s | exchange at least, s | MFU at most |")
-    print("|---|---|---|---|---|---|---|")
+    print(f"| chip | devices | {HOW} | step at least, s | exchange at least, s | MFU at most |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for name in ("v5e", "v5p", "v6e", "h100"):
         for devices in SIZES:
             chip = hardware.CHIPS[name]
@@ -99,7 +113,7 @@ def scaling() -> dict[str, Any]:
                 chip = hardware.with_links(chip, chip.shapes[devices])
             f = row(best(SCALED, chip, devices))
             found[f"{name} {devices}"] = f
-            print(f"| {name} | {devices} | {f['mesh']} | {'yes' if f['fits'] else 'no'} | {told(f)} |", flush=True)
+            print(f"| {name} | {devices} | {how(f)} | {told(f)} |", flush=True)
     return found
 
 
@@ -107,19 +121,26 @@ _PLANNED: dict[tuple[str, bool], Any] = {}
 
 
 def best(run: str, chip: Any, devices: int) -> meshes.Candidate:
-    """The mesh that `python -m train compile` would take."""
+    """What `python -m train compile --search` would try first."""
     config = config_of(run)
     sizes, key = planned_config(config.start), (run, bool(chip.shapes))
     if key not in _PLANNED:
-        _PLANNED[key] = compile.planned(config, sizes, chip, 1, config.data.max_length)
-    return meshes.candidates(config, sizes, chip, devices, *_PLANNED[key])[0]
+        _PLANNED[key] = compile.planned(config, sizes, chip, 1, config.data.max_length, meshes.SEARCHED["remat"])
+    shape, works = _PLANNED[key]
+    return meshes.candidates(config, sizes, chip, devices, shape, works, meshes.SEARCHED["accumulation"])[0]
 
 
 def row(c: meshes.Candidate) -> dict[str, Any]:
     """Its figures: bytes of a device, seconds."""
     held = dataclasses.asdict(c.held)
     bound = {"step": c.bound.step, **dataclasses.asdict(c.bound)}
-    return {"mesh": c.mesh, "fits": c.fits, "bytes": c.bytes, "held": held, "kept": c.kept, "bound": bound}
+    settings = {"mesh": c.mesh, "remat": c.remat, "accumulation": c.accumulation}
+    return settings | {"fits": c.fits, "bytes": c.bytes, "held": held, "kept": c.kept, "bound": bound}
+
+
+def how(f: dict[str, Any]) -> str:
+    """Four cells."""
+    return f"{f['mesh']} | {f['remat']} | {f['accumulation']} | {'yes' if f['fits'] else 'no'}"
 
 
 def told(f: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 
-from lmm_jax import checkpoint_io
+from lmm_jax import checkpoint_io, storage
 from lmm_jax.checkpoint_io import LazyLeaf
 from lmm_jax.config import FORMAT, ModelConfig, from_json, to_json
 from lmm_jax.errors import UserError
@@ -94,7 +94,14 @@ def read_config(folder: Path | str) -> ModelConfig:
     Raises:
       UserError: no such folder, not a model folder (one of Hugging Face that is not converted, for instance), or broken.
     """
-    folder = Path(folder)
+    try:
+        with storage.reaching(folder):
+            return _read_config(storage.as_path(folder))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read ({error}): give a model folder") from error
+
+
+def _read_config(folder: Path) -> ModelConfig:
     if not folder.is_dir():
         raise UserError(f"{folder} is a file: give a model folder" if folder.exists() else f"there is no folder {folder}")
     data = _config_data(folder)
@@ -135,7 +142,7 @@ def leaf_shapes(folder: Path | str) -> dict[str, tuple[tuple[int, ...], np.dtype
     Raises:
       UserError: the folder is damaged.
     """
-    return {name: (store.shape, store.dtype.numpy_dtype) for name, store in _open(Path(folder)).items()}
+    return {name: (store.shape, store.dtype.numpy_dtype) for name, store in _open(storage.as_path(folder)).items()}
 
 
 def read_leaf(folder: Path | str, name: str) -> np.ndarray:
@@ -144,8 +151,9 @@ def read_leaf(folder: Path | str, name: str) -> np.ndarray:
     Raises:
       UserError: the folder is damaged, or has no such leaf.
     """
-    with checkpoint_io.damage_is_a_user_error(Path(folder)):
-        return checkpoint_io.open_array(_params(Path(folder)), name).read().result()
+    folder = storage.as_path(folder)
+    with checkpoint_io.damage_is_a_user_error(folder):
+        return checkpoint_io.open_array(_params(folder), name).read().result()
 
 
 def load_params(
@@ -168,7 +176,7 @@ def load_params(
     Raises:
       UserError: not a model folder; missing, unexpected or mis-shaped leaves (all of them); damaged data.
     """
-    folder = Path(folder)
+    folder = storage.as_path(folder)
     config = read_config(folder)
     stores = _open(folder)
     names, leaves = disk_names(abstract), leaf_paths(abstract)
@@ -232,7 +240,7 @@ def _place(folder: Path, store: ts.TensorStore, leaf: jax.ShapeDtypeStruct, dtyp
 
 
 def _params(folder: Path) -> Path:
-    return folder.resolve() / PARAMS_FOLDER
+    return storage.absolute(folder) / PARAMS_FOLDER
 
 
 def _open(folder: Path) -> dict[str, ts.TensorStore]:
@@ -255,7 +263,7 @@ def write_model(
     """Writes a model folder. It appears at `folder` whole, at the very end, whatever happens before.
 
     Until then it grows in a hidden folder beside it, which is removed when writing fails, or by the next write to the
-    same name when this process is killed.
+    same name when this process is killed. In a bucket, where nothing can be renamed, it is no model folder until the end.
 
     Args:
       folder: new or empty; or, with `overwrite`, a model folder, which is replaced when the new one is complete.
@@ -269,10 +277,11 @@ def write_model(
       UserError: `folder` is taken, or the disk is full, read-only or not permitted. Errors of `LazyLeaf.read` pass through.
     """
     size = sum(map(checkpoint_io.num_bytes, leaves.values()))
-    with whole_folder(folder, size, overwrite=overwrite) as growing:
+    remote = storage.is_remote(folder)
+    with _bucket_folder(folder, overwrite) if remote else whole_folder(folder, size, overwrite=overwrite) as growing:
         checkpoint_io.write_arrays(growing / PARAMS_FOLDER, leaves, progress)
         for file in files:
-            shutil.copyfile(file, growing / Path(file).name)
+            (growing / file.name).write_bytes(file.read_bytes())
         (growing / CONFIG_FILE).write_text(json.dumps(to_json(config), indent=2) + "\n")
 
 
@@ -288,6 +297,8 @@ def whole_folder(folder: Path | str, size: int, *, overwrite: bool = False) -> I
     Raises:
       UserError: `folder` is taken, or the disk refuses or has less than `size` bytes left. Errors of the block pass through.
     """
+    if storage.is_remote(folder):
+        raise UserError(f"{folder} is in a bucket: give a folder of this machine, and copy it there")
     folder = Path(folder).resolve()
     writer = f"{platform.node()}-{os.getpid()}"
     growing, old = (folder.parent / f".{folder.name}.{kind}-{writer}" for kind in ("tmp", "old"))
@@ -311,6 +322,28 @@ def whole_folder(folder: Path | str, size: int, *, overwrite: bool = False) -> I
             shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise UserError(f"cannot write {folder} ({error}): nothing was written") from error
+
+
+@contextlib.contextmanager
+def _bucket_folder(folder: Path | str, overwrite: bool) -> Iterator[Path]:
+    """A folder in a bucket to write into, ``config.json`` last: without it, it is no model folder.
+
+    What a writer that failed or was killed left is marked, and replaced by the next one. Raises as `whole_folder`.
+    """
+    folder = storage.as_path(folder)
+    mark = folder / ".growing"
+    try:
+        with storage.reaching(folder):
+            if not mark.exists():
+                _refuse_taken(folder, overwrite)
+            if folder.exists():
+                folder.rmtree()
+            mark.write_text("")
+        yield folder
+        with storage.reaching(folder):
+            mark.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write {folder} ({error})") from error
 
 
 def _refuse_taken(folder: Path, overwrite: bool) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
+from lmm_jax import storage
 from lmm_jax.errors import UserError
 
 MANIFEST = "manifest.ocdbt"
@@ -192,6 +193,9 @@ def _context() -> ts.Context:
 
 def _kvstore(folder: Path, path: str = "") -> dict[str, Any]:
     base = {"driver": "file", "path": f"{folder}/"}
+    if storage.is_remote(folder):
+        bucket, _, inside = str(folder).removeprefix(storage.GS).partition("/")
+        base = {"driver": "gcs", "bucket": bucket, "path": f"{inside}/"}
     return {"driver": "ocdbt", "base": base, "path": path, "cache_pool": "cache_pool#ocdbt"}
 
 

@@ -132,6 +132,12 @@ def platform(mesh: Mesh | None = None) -> str:
     return device.platform if device else jax.default_backend()
 
 
+def device_kind(mesh: Mesh) -> str:
+    """What kind of device a mesh is of, as "TPU v5 lite"; "" where it does not say."""
+    device = getattr(mesh.abstract_mesh, "abstract_device", None)
+    return device.device_kind if device else ""
+
+
 def leaf_paths(tree: Any) -> dict[str, Any]:
     """A nested dict flattened to {"a/b/c": leaf}."""
     return {"/".join(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

@@ -12,9 +12,10 @@ ROOMS = {
     "lmm_jax.cluster": {"lmm_jax.errors"},
     "lmm_jax.config": {"lmm_jax.errors"},
     "lmm_jax.sharding": {"lmm_jax.errors", "lmm_jax.config"},
-    "lmm_jax.data": {"lmm_jax.errors", "lmm_jax.config"},
+    "lmm_jax.storage": {"lmm_jax.errors"},
+    "lmm_jax.data": {"lmm_jax.errors", "lmm_jax.config", "lmm_jax.storage"},
     "lmm_jax.models": {"lmm_jax.errors", "lmm_jax.config", "lmm_jax.sharding", "lmm_jax.data"},
-    "lmm_jax.checkpoint": {"lmm_jax.errors", "lmm_jax.config", "lmm_jax.sharding"},
+    "lmm_jax.checkpoint": {"lmm_jax.errors", "lmm_jax.config", "lmm_jax.sharding", "lmm_jax.storage"},
     "lmm_jax.inference": {
         "lmm_jax.errors",
         "lmm_jax.config",
@@ -22,6 +23,7 @@ ROOMS = {
         "lmm_jax.data",
         "lmm_jax.models",
         "lmm_jax.checkpoint",
+        "lmm_jax.storage",
     },
     "lmm_jax.evaluation": {
         "lmm_jax.errors",
@@ -66,6 +68,7 @@ ROOMS = {
         "lmm_jax.models",
         "lmm_jax.checkpoint",
         "lmm_jax.inference",
+        "lmm_jax.storage",
         "lmm_jax.cli",
     },
     "conversion": {"lmm_jax.errors", "lmm_jax.config", "lmm_jax.checkpoint", "lmm_jax.models", "lmm_jax.data", "lmm_jax.cli"},

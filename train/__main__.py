@@ -14,6 +14,7 @@ from lmm_jax.cli import run_command
 from lmm_jax.cluster import HELP, join_processes
 from lmm_jax.errors import UserError
 from train.config import TrainConfig
+from train.ready import on
 
 USAGE = f"""\
 usage: python -m train CONFIG [--field value ...]        train, or go on with, a run
@@ -21,11 +22,13 @@ usage: python -m train CONFIG [--field value ...]        train, or go on with, a
                                                          what a run would read, without loading a model; shows some
                                                          records, tries the pictures and videos of some others
        python -m train export [--step N] CONFIG [...]    write the model folder of a run's last, or Nth, checkpoint
-       python -m train compile --topology v5e-64 [--images 1] [--length 4096] [--json FILE] CONFIG [...]
+       python -m train compile --topology v5e-64 [--images 1] [--length 4096] [--search] [--full]
+                               [--json FILE] CONFIG [...]
                                                          what a run would take on devices that are not here: memory, mesh,
                                                          exchange, least time of a step; TPUs: pip install 'lmm-jax[tpu-aot]'
        python -m train compile --topology v5e-4 --serve [--rows 16] [--length 4096] [--quantize int8] CONFIG [...]
                                                          the same of answering with the run's model
+       python -m train --on v5e-64 CONFIG [...]          with the mesh and what else suits those devices, where it is known
        python -m train CONFIG --help                     all fields of a configuration
 
 CONFIG is a Python file with a function get_config() -> train.config.TrainConfig, as those in configs/.
@@ -53,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _config(words: Sequence[str]) -> TrainConfig:
     import tyro
 
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--on")
+    own, words = _known(parser, "train", words)
     if not words:
         raise UserError("there is no configuration: give a Python file, as configs/stage1_vicuna_7b.py")
     file = Path(words[0])
@@ -70,7 +76,7 @@ def _config(words: Sequence[str]) -> TrainConfig:
         raise UserError(f"{file} has no function get_config() that returns a TrainConfig")
     return tyro.cli(
         TrainConfig,
-        default=made,
+        default=on(own.on, made, file) if own.on else made,
         args=list(words[1:]),
         prog=f"python -m train {file}",
         config=(tyro.conf.AvoidSubcommands,),
@@ -117,15 +123,20 @@ def _compile(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--topology")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--serve", action="store_true")
+    for flag in ("--serve", "--search", "--full"):
+        parser.add_argument(flag, action="store_true")
     parser.add_argument("--quantize", choices=("int8", "int4"))
     own, words = _known(parser, "compile", words)
     numbers, words = _own("compile", words, images=None, length=None, rows=None)
     if not own.topology:
         raise UserError("compile needs --topology, as v5e-64, v5p-128, v6e-256 or h100-8")
-    misplaced = {"--images": numbers.images} if own.serve else {"--rows": numbers.rows, "--quantize": own.quantize}
+    own_of_steps = {"--images": numbers.images, "--search": own.search or None, "--full": own.full or None}
+    misplaced = own_of_steps if own.serve else {"--rows": numbers.rows, "--quantize": own.quantize}
     if any(value is not None for value in misplaced.values()) or 0 in (numbers.rows, numbers.length):
-        raise UserError("compile takes --rows and --quantize with --serve, --images without; --rows and --length from 1 on")
+        raise UserError(
+            "compile takes --rows and --quantize with --serve, --images, --search and --full without; "
+            "--rows and --length from 1 on"
+        )
     if own.json and not own.json.parent.is_dir():
         raise UserError(f"there is no folder {own.json.parent} for the figures: make it, or choose another --json")
     config = _config(words)
@@ -139,7 +150,8 @@ def _compile(words: Sequence[str]) -> int:
         figures = compile.serve(config, own.topology, **wanted)
     else:
         images = 1 if numbers.images is None else numbers.images
-        figures = compile.run(config, own.topology, images=images, length=numbers.length)
+        wanted = {"images": images, "length": numbers.length, "search": own.search, "full": own.full}
+        figures = compile.run(config, own.topology, **wanted)
     if own.json:
         own.json.write_text(json.dumps(figures, indent=2) + "\n")
     return 0 if figures["fits"] else 1

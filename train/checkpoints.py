@@ -8,19 +8,19 @@ from its seed.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import jax
 
+from lmm_jax import storage
 from lmm_jax.errors import UserError
 from train.config import TrainConfig, to_json
 from train.step import Params, TrainState
 
 # settings that may change between two starts of a run: they decide how it is computed or recorded, not what
 _FREE = ("folder", "record", "held_out", "compute.mesh", "compute.attention", "compute.remat", "compute.loss_chunk",
-         "optimizer.accumulation", "data.threads", "data.prefetch", "data.cache", "data.max_skipped",
-         "data.mixture", "data.sources", "start.folder", "start.tokenizer")  # fmt: skip
+         "compute.xla_flags", "optimizer.accumulation", "data.threads", "data.prefetch", "data.cache",
+         "data.max_skipped", "data.mixture", "data.sources", "start.folder", "start.tokenizer")  # fmt: skip
 # of the last ones the content is compared, see `Identity`
 
 
@@ -38,7 +38,7 @@ class Checkpoints:
         """
         import orbax.checkpoint as ocp
 
-        self._ocp, self._config, folder = ocp, config, Path(config.folder).resolve() / "checkpoints"
+        self._ocp, self._config, folder = ocp, config, storage.absolute(config.kept_in) / "checkpoints"
         if read_only and not folder.is_dir():
             raise UserError(f"the run in {config.folder} has no checkpoint yet")
         own = {"read_only": True} if read_only else {"max_to_keep": config.record.keep, "cleanup_tmp_directories": True}

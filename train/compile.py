@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ from train.config import TrainConfig
 from train.hardware import Chip
 from train.meshes import Candidate
 from train.plan import Bucket
+from train.ready import computed
 from train.roofline import Work
 from train.setup import Setup, plan
 from train.start import planned_config
@@ -54,24 +56,37 @@ class Compiled:
     fits: bool
 
 
-def run(config: TrainConfig, topology: str, *, images: int = 1, length: int | None = None, tries: int = 3) -> dict[str, Any]:
-    """Compiles the step on the best mesh that fits, prints what it takes, and returns the figures.
+def run(
+    config: TrainConfig,
+    topology: str,
+    *,
+    images: int = 1,
+    length: int | None = None,
+    search: bool = False,
+    full: bool = False,
+    tries: int = 3,
+) -> dict[str, Any]:
+    """Compiles the step as it is fastest among what fits, prints what it takes, and returns the figures.
 
     Args:
       config: of the run; where it names no mesh, one is chosen.
       topology: see `hardware.parse`.
       images: pictures of each row, 0 for text; frames where rows are videos.
       length: decoder positions of each row; None is the longest that the run allows.
-      tries: meshes that are compiled at most, until one fits.
+      search: whether to choose remat and accumulation as well.
+      full: with all of the compiler's effort, as the run will be: several times slower.
+      tries: candidates that are compiled at most, until one fits.
 
     Raises:
       UserError: an unknown topology, no libtpu; see `meshes.candidates`.
     """
     chip, devices, shape_name = hardware.parse(topology)
     sizes = planned_config(config.start)
-    shape, work = planned(config, sizes, chip, images, length or config.data.max_length)
-    found = meshes.candidates(config, sizes, chip, devices, shape, work)
-    print(_head(config, topology, chip, devices, shape, work), end="\n\n")
+    remats = meshes.SEARCHED["remat"] if search else (config.compute.remat,)
+    shape, works = planned(config, sizes, chip, images, length or config.data.max_length, remats)
+    parts = meshes.SEARCHED["accumulation"] if search else ()
+    found = meshes.candidates(config, sizes, chip, devices, shape, works, parts)
+    print(_head(config, topology, chip, devices, shape), end="\n\n")
     print(_mesh_table(found), flush=True)
     compiled, chosen = None, found[0]
     left = found if shape_name else []
@@ -80,23 +95,32 @@ def run(config: TrainConfig, topology: str, *, images: int = 1, length: int | No
             break
         chosen = left[0]
         mesh = sharding.make_mesh(chosen.mesh, hardware.described(shape_name))
-        compiled = compile_step(plan(config, sizes, mesh), shape)
+        setup = plan(computed(config, remat=chosen.remat, accumulation=chosen.accumulation), sizes, mesh)
+        compiled = compile_step(setup, shape, {} if full else hardware.QUICK)
         if compiled.fits:
             break
-        print(f"\n{chosen.mesh} does not fit, attempt {attempt + 1} of {tries}: {compiled.peak / 1e9:.1f} GB", flush=True)
-        left = [c for c in left if c.bytes < chosen.bytes]
-    figures = _figures(chip, devices, work, chosen, compiled)
+        said = f"{_how(chosen)} does not fit, attempt {attempt + 1} of {tries}"
+        print(f"\n{said}: {compiled.peak / 1e9:.1f} GB", flush=True)
+        over = compiled.peak - chip.memory if math.isfinite(compiled.peak) else 0.0
+        left = [c for c in left if c.bytes < chosen.bytes - over]
+    figures = _figures(chip, devices, works[chosen.remat].in_parts(chosen.accumulation), chosen, compiled)
     print("\n" + _told(chip, chosen, compiled, figures))
-    return {"topology": topology, "mesh": chosen.mesh, "batch": dataclasses.asdict(shape), **figures}
+    how = {"mesh": chosen.mesh, "remat": chosen.remat, "accumulation": chosen.accumulation}
+    return {"topology": topology, **how, "batch": dataclasses.asdict(shape), **figures}
 
 
-def planned(config: TrainConfig, sizes: ModelConfig, chip: Chip, images: int, length: int) -> tuple[Bucket, Work]:
-    """A batch of a run and what its step is, on whatever mesh; raises as `roofline.bucket` and `setup.plan`."""
+def planned(
+    config: TrainConfig, sizes: ModelConfig, chip: Chip, images: int, length: int, remats: Sequence[str]
+) -> tuple[Bucket, dict[str, Work]]:
+    """A batch of a run, and what its step is by remat, on whatever mesh; raises as `roofline.bucket` and `setup.plan`."""
     if not chip.shapes:  # a GPU's kernel cannot be traced where there is none; the portable ones do the same products
         config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, attention="auto"))
-    anywhere = plan(config, sizes, meshes.abstract_mesh("data=1", chip))
-    shape = roofline.bucket(anywhere, images, length)
-    return shape, roofline.work(anywhere, shape)
+    works = {}
+    for remat in remats:
+        anywhere = plan(computed(config, remat=remat), sizes, meshes.abstract_mesh("data=1", chip))
+        shape = roofline.bucket(anywhere, images, length)
+        works[remat] = roofline.work(anywhere, shape)
+    return shape, works
 
 
 def serve(config: TrainConfig, topology: str, *, rows: int, length: int | None, quantize: str | None) -> dict[str, Any]:
@@ -145,14 +169,14 @@ def serve(config: TrainConfig, topology: str, *, rows: int, length: int | None, 
     return figures | {"rows": found.rows, "memory": memory, "fits": fits}
 
 
-def compile_step(setup: Setup, shape: Bucket) -> Compiled:
+def compile_step(setup: Setup, shape: Bucket, options: Mapping[str, str]) -> Compiled:
     """The step of a run, compiled for the setup's mesh."""
     start = time.monotonic()
     with jax.set_mesh(setup.mesh):
         state, batch = roofline.planned_state(setup), roofline.abstract_batch(setup, shape)
         lowered = setup.step_function(roofline.STEPS).lower(state, batch)
         try:
-            compiled = compile_for(lowered)
+            compiled = compile_for(lowered, options)
         except TooLargeError as error:
             return Compiled(error.needed or math.inf, 0.0, [], time.monotonic() - start, False)
     memory = compiled.memory_analysis()
@@ -182,31 +206,30 @@ def _figures(chip: Chip, devices: int, work: Work, chosen: Candidate, compiled: 
     }
 
 
-def _head(config: TrainConfig, topology: str, chip: Chip, devices: int, shape: Bucket, work: Work) -> str:
+def _head(config: TrainConfig, topology: str, chip: Chip, devices: int, shape: Bucket) -> str:
     per = f"{config.data.batch_size} rows of {shape.length} positions, {shape.images} pictures each"
-    parts = f" in {config.optimizer.accumulation} parts" if config.optimizer.accumulation > 1 else ""
-    return (
-        f"{topology}: {devices} x {chip.kind}, {chip.memory / 1e9:.1f} GB each\n"
-        f"a step: {per}{parts}; remat {config.compute.remat}\n"
-        f"{work.model_flops / 1e15:.2f} PFLOPs of the model, {work.executed_flops / 1e15:.2f} with what is computed again"
-    )
+    return f"{topology}: {devices} x {chip.kind}, {chip.memory / 1e9:.1f} GB each\na step: {per}"
+
+
+def _how(c: Candidate) -> str:
+    return f"{c.mesh}, remat {c.remat}, {c.accumulation} part{'s' * (c.accumulation > 1)}"
 
 
 def _mesh_table(found: list[Candidate]) -> str:
     lines = [
-        "| mesh | state, GB | all, GB | exchange at least, s | step at least, s | MFU at most |",
-        "|---|---|---|---|---|---|",
+        "| mesh | remat | parts | state, GB | all, GB | exchange at least, s | step at least, s | MFU at most |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for c in found[:SHOWN]:
         fits = "" if c.fits else " (does not fit)"
         cells = f"{c.held.total / 1e9:.2f} | {c.bytes / 1e9:.2f} | {c.bound.exchange:.2f} | {c.bound.step:.2f}"
-        lines.append(f"| {c.mesh}{fits} | {cells} | {c.bound.mfu:.0%} |")
+        lines.append(f"| {c.mesh}{fits} | {c.remat} | {c.accumulation} | {cells} | {c.bound.mfu:.0%} |")
     more = f"\n{len(found) - SHOWN} more are slower or do not fit." if len(found) > SHOWN else ""
     return "Estimated:\n" + "\n".join(lines) + more
 
 
 def _told(chip: Chip, chosen: Candidate, compiled: Compiled | None, figures: dict[str, Any]) -> str:
-    memory, bound = figures["memory"], figures["bound"]
+    memory, bound, flops = figures["memory"], figures["bound"], figures["flops"]
     how = f"compiled in {compiled.seconds:.0f} s" if compiled else "estimated, not compiled"
     kinds = {
         "trained": "trained parameters",
@@ -216,7 +239,7 @@ def _told(chip: Chip, chosen: Candidate, compiled: Compiled | None, figures: dic
         "activations": "activations kept for the backward pass",
         "temporaries": "temporaries" if compiled else "gradients and logits",
     }
-    lines = [f"{chosen.mesh}, {how}:", "", "| memory of a device | GB |", "|---|---|"]
+    lines = [f"{_how(chosen)}, {how}:", "", "| memory of a device | GB |", "|---|---|"]
     lines += [f"| {text} | {memory[k] / 1e9:.2f} |" for k, text in kinds.items()]
     lines += [f"| all that is alive at once | {memory['peak'] / 1e9:.2f} of {chip.memory / 1e9:.1f} |", ""]
     lines += ["| collective | devices | GB received | times |", "|---|---|---|---|"]
@@ -225,6 +248,7 @@ def _told(chip: Chip, chosen: Candidate, compiled: Compiled | None, figures: dic
     verdict = "It fits" if figures["fits"] else "It does not fit: more devices, optimizer.accumulation, or shorter rows"
     lines += [
         "",
+        f"{flops['model'] / 1e15:.2f} PFLOPs of the model, {flops['executed'] / 1e15:.2f} with what is computed again. "
         f"A step takes at least {bound['step']:.2f} s (products {bound['compute']:.2f}, memory {bound['memory']:.2f}, "
         f"exchange {bound['exchange']:.2f}); MFU at most {bound['mfu']:.0%}. {verdict}.",
     ]

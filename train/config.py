@@ -9,7 +9,7 @@ import dataclasses
 import json
 from typing import Any, Literal
 
-from lmm_jax.config import ASPECT_RATIOS, TEMPLATES, ModelConfig
+from lmm_jax.config import ASPECT_RATIOS, REMAT, TEMPLATES, ModelConfig
 from lmm_jax.errors import UserError
 
 
@@ -152,18 +152,22 @@ class ComputeConfig:
       dtype: of arithmetic; "" is bfloat16 on TPU and GPU, float32 on CPU.
       trained_dtype: in which trained parameters (and the optimiser's moments) are kept.
       frozen_dtype: in which frozen parameters are kept; "" is `dtype`.
-      remat: what the backward pass computes again: nothing, whole layers ("full"), or all but matrix products ("dots").
+      remat: what the backward pass computes again: nothing; whole layers ("full"); all but attention's result; all but that
+        and the projections around it ("narrow"); all but matrix products and attention ("dots").
       loss_chunk: labelled positions of a row that meet the vocabulary at once.
       attention: kernel, one of `models.attention.IMPLEMENTATIONS`.
+      xla_flags: for compiling the step, as ``xla_name=value``, beside or in place of those of `train.xla`; ``xla_name=`` is
+        left out.
     """
 
     mesh: str = ""
     dtype: Literal["", "float32", "bfloat16"] = ""
     trained_dtype: Literal["float32", "bfloat16"] = "float32"
     frozen_dtype: Literal["", "float32", "bfloat16"] = ""
-    remat: Literal["none", "full", "dots"] = "full"
+    remat: Literal[*REMAT] = "full"  # type: ignore[valid-type]
     loss_chunk: int = 256
     attention: str = "auto"
+    xla_flags: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +197,7 @@ class RecordConfig:
       checkpoint_minutes: minutes between two checkpoints, besides; 0: by steps alone.
       keep: checkpoints that stay.
       log_steps: steps between two lines of metrics.
+      bucket: gs://… for checkpoints and the model, in place of the run's folder; "": none.
       model_dtype: of trained parameters in the model folder that is written; "" is that of arithmetic.
       wandb: project at Weights & Biases, where that package is installed; "": none.
       profile: first step and number of steps that `jax.profiler` traces; none by default.
@@ -202,6 +207,7 @@ class RecordConfig:
     checkpoint_minutes: float = 0.0
     keep: int = 2
     log_steps: int = 10
+    bucket: str = ""
     model_dtype: Literal["", "float32", "bfloat16"] = ""
     wandb: str = ""
     profile: tuple[int, int] | None = None
@@ -209,7 +215,10 @@ class RecordConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """A run. Everything it writes lies in `folder`: checkpoints, metrics, the report of skipped records, `model/`."""
+    """A run. Everything it writes lies in `folder`: checkpoints, metrics, the report of skipped records, `model/`.
+
+    With `record.bucket`, checkpoints and `model/` lie there, and `folder` need not be the same for all hosts.
+    """
 
     folder: str
     start: StartConfig = StartConfig()
@@ -223,6 +232,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check(self)
+
+    @property
+    def kept_in(self) -> str:
+        """Where checkpoints and the model are kept."""
+        return self.record.bucket or self.folder
 
 
 def _check(c: TrainConfig) -> None:
@@ -249,6 +263,8 @@ def _check(c: TrainConfig) -> None:
         faults.append("loss_chunk, log_steps and keep must be positive")
     if c.max_steps is not None and c.max_steps < 1:
         faults.append(f"max_steps {c.max_steps} is not positive")
+    if "://" in c.folder or (c.record.bucket and not c.record.bucket.startswith("gs://")):
+        faults.append("folder is on this machine, record.bucket is gs://bucket/folder or nothing")
     if faults:
         raise UserError("this run cannot work: " + "; ".join(faults))
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from lmm_jax import storage
 from lmm_jax.config import IGNORE_LABEL, ModelConfig
 from lmm_jax.data.frames import video_file
 from lmm_jax.data.image import load_image, preprocess
@@ -271,17 +272,21 @@ def read_media(record: Record, config: DataConfig, model: ModelConfig, out: np.n
     settings = {"size": size, "aspect_ratio": model.image_aspect_ratio, "resolution_ratio": model.resolution_ratio}
     kind, place = ("video" if record.is_video else "picture"), 0
     for path in record.media:
-        path = video_file(path) if record.is_video else path
-        if not os.path.exists(path):
-            raise UnusableError(f"{kind} missing", path)
         try:
-            if record.is_video:
-                pictures = map(Image.fromarray, take_frames(path, size=size, frames=config.video_frames))
-            else:
-                pictures = [load_image(path, upright=False)]
-            for picture in pictures:
-                out[place] = preprocess(picture, **settings)
-                place += 1
+            with storage.reaching(path):
+                path = video_file(path) if record.is_video else path
+                if not storage.exists(path):
+                    raise UnusableError(f"{kind} missing", path)
+            with storage.local(path) as file:
+                if record.is_video:
+                    pictures = map(Image.fromarray, take_frames(file, size=size, frames=config.video_frames))
+                else:
+                    pictures = [load_image(file, upright=False)]
+                for picture in pictures:
+                    out[place] = preprocess(picture, **settings)
+                    place += 1
+        except UnusableError:
+            raise
         except UserError as error:
             raise UnusableError(f"{kind} unreadable", str(error)) from error
         except (ValueError, OSError) as error:  # broken files make readers raise nearly anything

@@ -14,16 +14,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lmm_jax import checkpoint
+from lmm_jax import checkpoint, storage
 from lmm_jax.checkpoint import LazyLeaf
 from lmm_jax.config import ModelConfig
+from lmm_jax.data.tokenize import TOKENIZER_FILES
 from lmm_jax.errors import UserError
-from train.config import StartConfig
+from train.config import StartConfig, TrainConfig
 from train.lora import merge, take_lora
 from train.step import Params, join
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-                   "added_tokens.json", "chat_template.jinja", "chat_template.json")  # fmt: skip
 
 
 def write_model_folder(
@@ -106,6 +104,11 @@ def _export_only(leaves: dict[str, LazyLeaf], config: ModelConfig, dtype: np.dty
         return LazyLeaf(shape, dtype, lambda: np.full(shape, value, dtype))
 
     return {name: fill(name, shape) for name, shape in made.items()}
+
+
+def model_folder(config: TrainConfig) -> Path:
+    """Where a run's model goes."""
+    return storage.as_path(config.kept_in) / "model"
 
 
 def check_folder(folder: Path) -> None:

@@ -67,6 +67,7 @@ CHIPS = {
         Chip("h100", "NVIDIA H100 80GB HBM3", 80e9, 3350e9, 450e9, 8, 50e9),
     )
 }
+QUICK = {"xla_optimization_level": "EFFORT_O0"}  # libtpu then spends little on the code of each operation
 _CORES = ("v4", "v5p")  # whose names count cores, two to a chip, and not chips
 
 

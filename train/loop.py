@@ -22,7 +22,7 @@ from train.checkpoints import Checkpoints, Identity
 from train.config import TrainConfig
 from train.data import Batch, SkipReport, TrainData, write_skipped
 from train.evaluate import HeldOut
-from train.export import check_folder, write_model_folder
+from train.export import check_folder, model_folder, write_model_folder
 from train.flops import model_flops, peak_flops
 from train.processes import locked, of_first, read_alike
 from train.record import Recorder
@@ -46,7 +46,7 @@ def train(config: TrainConfig) -> bool:
       SystemExit: SIGTERM came before the first step.
     """
     setup, folder = prepare(config), Path(config.folder)
-    check_folder(folder / "model")
+    check_folder(model_folder(config))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -90,7 +90,7 @@ class _Sigterm:
 
 def export(setup: Setup, trained: Params, frozen: Params) -> Path:
     """Writes the model folder of a run."""
-    config, folder = setup.config, Path(setup.config.folder) / "model"
+    config, folder = setup.config, model_folder(setup.config)
     dtype = config.record.model_dtype or setup.model.dtype
     tokenizer = tokenizer_folder(config.start)
     write_model_folder(folder, setup.model.config, config.start, tokenizer, trained, frozen, dtype)
@@ -104,7 +104,7 @@ def export_checkpoint(config: TrainConfig, step: int | None = None) -> Path:
       UserError: there is no such checkpoint.
     """
     setup = prepare(config)
-    check_folder(Path(config.folder) / "model")
+    check_folder(model_folder(config))
     with contextlib.closing(Checkpoints(config, read_only=True)) as checkpoints:
         found = checkpoints.steps()
         if not found or step not in (None, *found):

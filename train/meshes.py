@@ -1,4 +1,5 @@
-"""Which meshes a run could have on so many chips, and what each would cost: estimated, nothing is compiled.
+"""Which meshes a run could have on so many chips, what its backward pass could keep, in how many parts its rows could be
+computed, and what each would cost: estimated, nothing is compiled.
 
     parameters   each of two passes over the layers brings a device those of the others of its fsdp axis
     gradients    go back to their owners over fsdp, and are summed over data
@@ -10,8 +11,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -25,20 +27,23 @@ from train import roofline
 from train.config import TrainConfig
 from train.hardware import Chip
 from train.plan import Bucket
+from train.ready import computed
 from train.roofline import Bound, Held, Work
 from train.setup import Setup, plan
 from train.step import TrainState
 
 TENSOR = (1, 2, 4, 8)  # sizes of the tensor axis that are tried
+SEARCHED = {"remat": ("full", "attention", "narrow", "dots"), "accumulation": (1, 2, 4, 8)}
 ROOM = 0.9  # of a chip's memory that an estimate may fill
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One mesh.
+    """One mesh, and how the step is computed on it.
 
     Attributes:
-      mesh: as `compute.mesh` takes it.
+      mesh, remat: as `compute` takes them.
+      accumulation: as `optimizer` takes it.
       held: bytes of one device between steps.
       kept: bytes of one device that wait for the backward pass.
       working: bytes of one device for gradients, in float32, and logits.
@@ -48,6 +53,8 @@ class Candidate:
     """
 
     mesh: str
+    remat: str
+    accumulation: int
     held: Held
     kept: float
     working: float
@@ -70,9 +77,9 @@ def abstract_mesh(spec: str, chip: Chip) -> AbstractMesh:
     return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=axes, abstract_device=device)
 
 
-def specs(config: TrainConfig, devices: int) -> Iterator[str]:
-    """Meshes of all devices whose rows come out even; the plainest first."""
-    rows = config.data.batch_size // config.optimizer.accumulation
+def specs(config: TrainConfig, devices: int, parts: int) -> Iterator[str]:
+    """Meshes of all devices on which the rows of each part come out even; the plainest first."""
+    rows = config.data.batch_size // parts
     for tensor in TENSOR:
         shared = devices // tensor
         if devices % tensor or rows % shared:
@@ -82,30 +89,50 @@ def specs(config: TrainConfig, devices: int) -> Iterator[str]:
 
 
 def candidates(
-    config: TrainConfig, sizes: ModelConfig, chip: Chip, devices: int, shape: Bucket, work: Work
+    config: TrainConfig,
+    sizes: ModelConfig,
+    chip: Chip,
+    devices: int,
+    shape: Bucket,
+    works: Mapping[str, Work],
+    parts: Sequence[int] = (),
 ) -> list[Candidate]:
-    """All meshes, or the one that `config` names, the fastest that fits first; those that do not fit last.
+    """All that could be, the fastest that fits first; those that do not fit last.
+
+    Args:
+      config: of the run; where it names a mesh, that one alone.
+      sizes: of its model.
+      chip, devices: and how many of them.
+      shape: of a batch.
+      works: by what the backward pass keeps.
+      parts: accumulations; none is that of `config` alone.
 
     Raises:
       UserError: see `plan`; the mesh is none of so many devices; no mesh shares the rows evenly.
     """
-    named = config.compute.mesh
+    named, parts = config.compute.mesh, parts or (config.optimizer.accumulation,)
     if named and math.prod(sharding.mesh_sizes(named).values()) != devices:
         raise UserError(f"mesh {named!r} is not one of {devices} devices: choose sizes with that product, or none")
-    wanted = [named] if named else list(specs(config, devices))
-    if not wanted:
+    found: list[Candidate] = []
+    for spec in [named] if named else list(specs(config, devices, min(parts))):
+        setup = plan(computed(config, accumulation=min(parts)), sizes, abstract_mesh(spec, chip))
+        state = roofline.planned_state(setup)
+        held = roofline.held(state, roofline.abstract_batch(setup, shape))
+        for (remat, work), n in itertools.product(works.items(), parts):
+            if config.data.batch_size % (n * sharding.batch_multiple(setup.mesh)) == 0:
+                setup = dataclasses.replace(setup, config=computed(config, remat=remat, accumulation=n))
+                found.append(candidate(spec, setup, state, held, shape, chip, work.in_parts(n)))
+    if not found:
         raise UserError(
-            f"no mesh of {devices} devices shares {config.data.batch_size} rows in {config.optimizer.accumulation} parts "
+            f"no mesh of {devices} devices shares {config.data.batch_size} rows in {min(parts)} parts "
             "evenly: change data.batch_size or optimizer.accumulation"
         )
-    found = [candidate(spec, plan(config, sizes, abstract_mesh(spec, chip)), shape, chip, work) for spec in wanted]
-    return sorted(found, key=lambda c: (not c.fits, c.bound.step, c.bound.exchange, c.bytes))
+    return sorted(found, key=lambda c: (not c.fits, c.bound.likely, c.bytes))
 
 
-def candidate(spec: str, setup: Setup, shape: Bucket, chip: Chip, work: Work) -> Candidate:
-    """The estimate for one mesh."""
-    state, mesh = roofline.planned_state(setup), setup.mesh
-    held = roofline.held(state, roofline.abstract_batch(setup, shape))
+def candidate(spec: str, setup: Setup, state: TrainState, held: Held, shape: Bucket, chip: Chip, work: Work) -> Candidate:
+    """The estimate for one mesh, and the remat and accumulation of the setup's configuration."""
+    mesh, c = setup.mesh, setup.config
     shared, tensor = sharding.batch_multiple(mesh), mesh.shape["tensor"]
     kept = work.kept_bytes / shared
     gradients = (2 if work.parts > 1 else 1) * held.trained * 4 / roofline.itemsize(setup)
@@ -116,7 +143,8 @@ def candidate(spec: str, setup: Setup, shape: Bucket, chip: Chip, work: Work) ->
     found = [c for of in exchanged.values() for c in of]
     bound = roofline.bound(chip, mesh.size, work, held, sum(c.received for c in found), seconds)
     fits = held.total + kept + working <= ROOM * chip.memory
-    return Candidate(spec, held, kept, working, bound, found, fits)
+    how = spec, c.compute.remat, c.optimizer.accumulation
+    return Candidate(*how, held, kept, working, bound, found, fits)
 
 
 def exchanges(setup: Setup, state: TrainState, shape: Bucket) -> dict[str, list[Collective]]:

@@ -18,11 +18,11 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lmm_jax import storage
 from lmm_jax.data.conversation import VIDEO, Message, count_placeholders, from_llava
 from lmm_jax.errors import UserError
 from train.config import DataConfig, SourceConfig
@@ -126,7 +126,7 @@ def load_sources(config: DataConfig) -> list[Source]:
     Raises:
       UserError: no source; a file that is missing, not JSON or not a list of records; a sampling that cannot be understood.
     """
-    configs = [_at(Path(), source) for source in config.sources]
+    configs = [_at("", source) for source in config.sources]
     if config.mixture:
         configs = read_mixture(config.mixture) + configs
     if not configs:
@@ -149,7 +149,8 @@ def read_mixture(file: str | os.PathLike) -> list[SourceConfig]:
     import yaml
 
     try:
-        entries = yaml.safe_load(Path(file).read_text("utf-8"))
+        with storage.reaching(file):
+            entries = yaml.safe_load(storage.as_path(file).read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the mixture {file} cannot be read ({error}): give a YAML file") from error
     except yaml.YAMLError as error:
@@ -163,13 +164,14 @@ def read_mixture(file: str | os.PathLike) -> list[SourceConfig]:
             raise UserError(
                 f"source {number} of the mixture {file} is {entry!r:.200}: expected a file, and if needed media and sampling"
             )
-    return [_at(Path(file).parent, SourceConfig(**entry)) for entry in entries]
+    return [_at(os.path.dirname(file), SourceConfig(**entry)) for entry in entries]
 
 
-def _at(folder: Path, source: SourceConfig) -> SourceConfig:
-    file = folder / source.file
-    media = folder / source.media if source.media else file.parent
-    return dataclasses.replace(source, file=str(file), media=str(media))
+def _at(folder: str, source: SourceConfig) -> SourceConfig:
+    file = storage.join(folder, source.file)
+    media = storage.join(folder, source.media) if source.media else os.path.dirname(file)
+    storage.as_path(media)  # complains where buckets cannot be reached
+    return dataclasses.replace(source, file=file, media=media)
 
 
 def choose(sampling: str, total: int, rng: np.random.Generator) -> np.ndarray:
@@ -215,9 +217,12 @@ class _Text(Sequence[bytes]):
     @classmethod
     def read(cls, file: str) -> _Text:
         try:
-            data = Path(file).read_bytes()
+            with storage.reaching(file):
+                data = storage.as_path(file).read_bytes()
         except OSError as error:
-            raise UserError(f"{file} cannot be read ({error.strerror}): give a JSON or JSONL file of conversations") from error
+            raise UserError(
+                f"{file} cannot be read ({error.strerror or error}): give a JSON or JSONL file of conversations"
+            ) from error
         fingerprint = hashlib.blake2b(data, digest_size=16).hexdigest()
         text = data.decode("latin-1").removeprefix("\xef\xbb\xbf")  # the mark that some editors put before UTF-8
         spans = _lines if file.endswith(LINES) else _list
@@ -339,7 +344,7 @@ def _media(fields: dict[str, Any], folder: str) -> tuple[tuple[str, ...], bool]:
         names = value if isinstance(value, list) else [value]
         if not names or not all(isinstance(name, str) and name for name in names):
             raise UnusableError("malformed record", f"{key} is {value!r:.80}: expected a path")
-        return tuple(os.path.join(folder, name) for name in names), key != "image"
+        return tuple(storage.join(folder, name) for name in names), key != "image"
     return (), False
 
 

@@ -44,6 +44,12 @@ class Work:
     logits_bytes: float
     parts: int
 
+    def in_parts(self, parts: int) -> Work:
+        """The same step with other accumulation: that much of the rows is computed at once."""
+        share = self.parts / parts
+        kept, logits = share * self.kept_bytes, share * self.logits_bytes
+        return dataclasses.replace(self, kept_bytes=kept, logits_bytes=logits, parts=parts)
+
 
 @dataclasses.dataclass(frozen=True)
 class Held:
@@ -86,6 +92,11 @@ class Bound:
     def step(self) -> float:
         """Seconds; all three go on at the same time."""
         return max(self.compute, self.memory, self.exchange)
+
+    @property
+    def likely(self) -> float:
+        """Seconds to compare by: halfway between exchanging while computing and exchanging alone."""
+        return (self.step + max(self.compute, self.memory) + self.exchange) / 2
 
 
 def bucket(setup: Setup, images: int, length: int) -> Bucket:

@@ -23,6 +23,7 @@ from lmm_jax.data.tokenize import Tokenizer
 from lmm_jax.errors import UserError
 from lmm_jax.models.attention import IMPLEMENTATIONS
 from lmm_jax.models.llava_mini import LlavaMini
+from train import xla
 from train.config import GroupConfig, TrainConfig
 from train.lora import init_lora, take_lora
 from train.optimizer import assign_groups, make_optimizer, schedule
@@ -39,6 +40,7 @@ class Setup:
       mesh: all devices take part.
       model: with the dtype of arithmetic.
       groups: path -> group, of all parameters.
+      options: of the compiler, for the step.
       tokenizer: the model's; None where the run is only planned.
       rows: rows of a global batch that this process loads; none where the run is only planned.
     """
@@ -47,6 +49,7 @@ class Setup:
     mesh: Mesh
     model: LlavaMini
     groups: dict[str, GroupConfig]
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
     tokenizer: Tokenizer | None = None
     rows: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, int))
 
@@ -97,15 +100,15 @@ class Setup:
         c = self.config
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(self, steps))
         step = functools.partial(train_step, self.model, self.optimizer(steps), c.compute.loss_chunk, c.optimizer.accumulation)
-        return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+        return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=self.options)
 
 
 def prepare(config: TrainConfig) -> Setup:
     """Checks that a run can work, before anything is loaded.
 
     Raises:
-      UserError: see `model_config` and `plan`; a mesh that leaves out devices of several processes; Weights & Biases is wanted
-        but not installed.
+      UserError: see `model_config`, `plan` and `xla.known`; a mesh that leaves out devices of several processes; Weights &
+        Biases is wanted but not installed.
     """
     c = config.compute
     if config.record.wandb and importlib.util.find_spec("wandb") is None:
@@ -117,7 +120,8 @@ def prepare(config: TrainConfig) -> Setup:
     shape = (config.data.batch_size,)
     places = sharding.array_sharding(setup.mesh, shape, "batch").addressable_devices_indices_map(shape).values()
     rows = np.unique(np.concatenate([np.arange(config.data.batch_size)[place] for place in places]))
-    return dataclasses.replace(setup, tokenizer=Tokenizer.load(tokenizer_folder(config.start)), rows=rows)
+    options = xla.known(setup.options, c.xla_flags)
+    return dataclasses.replace(setup, options=options, tokenizer=Tokenizer.load(tokenizer_folder(config.start)), rows=rows)
 
 
 def plan(config: TrainConfig, sizes: ModelConfig, mesh: Mesh) -> Setup:
@@ -129,7 +133,7 @@ def plan(config: TrainConfig, sizes: ModelConfig, mesh: Mesh) -> Setup:
       mesh: in place of the one that `config` names; an AbstractMesh does where nothing is compiled.
 
     Raises:
-      UserError: see `assign_groups`; a batch that the devices cannot share evenly; nothing to train.
+      UserError: see `assign_groups` and `xla.options`; a batch that the devices cannot share evenly; nothing to train.
     """
     c = config.compute
     if c.attention not in IMPLEMENTATIONS:
@@ -145,7 +149,7 @@ def plan(config: TrainConfig, sizes: ModelConfig, mesh: Mesh) -> Setup:
     groups = assign_groups(leaves, config.optimizer.groups)
     if all(group.learning_rate is None for group in groups.values()):
         raise UserError("no group has a learning_rate, so nothing would be trained: give one in optimizer.groups")
-    return Setup(config, mesh, LlavaMini(sizes, dtype, c.attention, c.remat), groups)
+    return Setup(config, mesh, LlavaMini(sizes, dtype, c.attention, c.remat), groups, xla.options(mesh, c.xla_flags))
 
 
 def abstract_state(setup: Setup, steps: int) -> TrainState:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from lmm_jax import checkpoint
+from lmm_jax import checkpoint, storage
 from lmm_jax.config import CompressorConfig, ModelConfig, named_sizes
 from lmm_jax.errors import UserError
 from lmm_jax.models.llava_mini import abstract_params, init_parts
@@ -36,7 +36,7 @@ def planned_config(start: StartConfig) -> ModelConfig:
     Raises:
       UserError: as `model_config`; there is no such size.
     """
-    if not start.size or start.scratch or Path(start.folder).exists():
+    if not start.size or start.scratch or storage.exists(start.folder):
         return model_config(start)
     if start.size not in named_sizes():
         raise UserError(f"start.size {start.size!r} is no size with a name: choose one of {', '.join(named_sizes())}")
@@ -75,7 +75,7 @@ def tokenizer_folder(start: StartConfig) -> Path:
     """
     if not (start.folder or start.tokenizer):
         raise UserError("a model from scratch needs start.tokenizer, a folder with tokenizer files")
-    return Path(start.tokenizer or start.folder)
+    return storage.as_path(start.tokenizer or start.folder)
 
 
 def abstract_start(config: ModelConfig, lora: LoraConfig, mesh: Mesh, dtype_of: Callable[[str], Any]) -> Any:

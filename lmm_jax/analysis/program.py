@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 _BITS = {"pred": 8, "bf16": 16}
@@ -21,8 +22,13 @@ _BITS = {"pred": 8, "bf16": 16}
 def flops(jaxpr: core.Jaxpr) -> float:
     """FLOPs of all matrix products and convolutions of a program on all its devices; of branches the dearest.
 
-    A loop of unknown length counts once; so does the body of a kernel for each turn of its grid.
+    A loop of unknown length counts once; so does the body of a kernel for each turn of its grid. What no result needs does not
+    count: backward passes hold some, which XLA drops.
     """
+    return _flops(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
+
+
+def _flops(jaxpr: core.Jaxpr) -> float:
     return sum(_equation_flops(eqn) for eqn in jaxpr.eqns)
 
 
@@ -36,7 +42,7 @@ def _equation_flops(eqn: Any) -> float:
         kernel = eqn.invars[1].aval.shape
         features = kernel[params["dimension_numbers"].rhs_spec[0]]
         return 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) / features
-    inner = [flops(jaxpr) for jaxpr in _inner(params)]
+    inner = [_flops(jaxpr) for jaxpr in _inner(params)]
     if name == "cond":
         return max(inner)
     times = 1

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -121,15 +121,15 @@ class TooLargeError(UserError):
         self.needed = needed
 
 
-def compile_for(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """Compiles.
+def compile_for(lowered: jax.stages.Lowered, options: Mapping[str, str] | None = None) -> jax.stages.Compiled:
+    """Compiles, with options of the compiler.
 
     Raises:
       TooLargeError: the devices have not enough memory.
       UserError: another reason of the compiler.
     """
     try:
-        return lowered.compile()
+        return lowered.compile(compiler_options=dict(options or {}))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise UserError(f"the compiler refuses the program: {str(error).splitlines()[0]}") from error

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from lmm_jax import storage
 from lmm_jax.data.image import load_image
 from lmm_jax.errors import UserError
 
@@ -20,10 +21,10 @@ def video_file(path: str) -> str:
     Video-ChatGPT's files name videos without a suffix, or with ``.pkl``, of the features that its authors computed.
     """
     stem, suffix = os.path.splitext(path)
-    if suffix.lower() in VIDEO_SUFFIXES or os.path.exists(path):
+    if suffix.lower() in VIDEO_SUFFIXES or storage.exists(path):
         return path
     stems = (path, stem) if suffix == ".pkl" else (path,)
-    return next((s + end for s in stems for end in VIDEO_SUFFIXES if os.path.exists(s + end)), path)
+    return next((s + end for s in stems for end in VIDEO_SUFFIXES if storage.exists(s + end)), path)
 
 
 class FrameFolder:

@@ -16,10 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from lmm_jax import storage
 from lmm_jax.config import IGNORE_LABEL, IMAGE_TOKEN_ID
 from lmm_jax.data.conversation import IMAGE, Span
 from lmm_jax.errors import UserError
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+                   "added_tokens.json", "chat_template.jinja", "chat_template.json")  # fmt: skip
 _LLAMA_STOPS = ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
 _SPACE = "▁"  # SentencePiece's visible space
 
@@ -57,7 +60,10 @@ class Tokenizer:
         Raises:
           UserError: the folder has no tokenizer, or one that cannot be read.
         """
-        folder = Path(folder)
+        try:
+            folder = storage.local_folder(folder, TOKENIZER_FILES)
+        except OSError as error:
+            raise UserError(f"the tokenizer in {folder} cannot be read: {error}") from error
         if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
             raise UserError(
                 f"there is no tokenizer in {folder}: copy tokenizer.json (LLaMA-3.1) or tokenizer.model (Vicuna), "

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from lmm_jax import checkpoint, sharding
+from lmm_jax import checkpoint, sharding, storage
 from lmm_jax.config import KV_CACHES, QUANTIZATIONS
 from lmm_jax.errors import UserError
 from lmm_jax.inference.assistant import Assistant
@@ -56,14 +56,15 @@ def load(
         raise UserError(f"weights cannot be quantised to {quantize!r}: choose one of {', '.join(QUANTIZATIONS)}")
     if kv_cache is not None and kv_cache not in KV_CACHES:
         raise UserError(f"keys and values cannot be kept in {kv_cache!r}: choose one of {', '.join(KV_CACHES)}")
-    config = checkpoint.read_config(Path(folder))
+    folder = storage.as_path(folder)
+    config = checkpoint.read_config(folder)
     mesh = mesh if isinstance(mesh, Mesh) else sharding.make_mesh(mesh)
     use_compilation_cache()
     dtype = jnp.dtype(dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16))
-    params = load_params(Path(folder), abstract_params(config, mesh, dtype), mesh, quantize)
+    params = load_params(folder, abstract_params(config, mesh, dtype), mesh, quantize)
     settings = {"attention": attention, "kv_cache": kv_cache, "prefix_cache_bytes": prefix_cache_bytes}
     engine = Engine(config, params, mesh, dtype=dtype, **settings)
-    return Assistant(Path(folder), config, engine)
+    return Assistant(folder, config, engine)
 
 
 def load_params(folder: Path, abstract: Any, mesh: Mesh, quantize: str | None = None) -> Any:

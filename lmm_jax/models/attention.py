@@ -25,6 +25,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
 
 from lmm_jax import sharding
 from lmm_jax.errors import UserError
@@ -32,6 +33,7 @@ from lmm_jax.errors import UserError
 IMPLEMENTATIONS = ("auto", "plain", "blocks", "cudnn", "splash", "splash_interpret")
 MANY = 1024**2  # scores (T·S) per head from which on they are not all held at once
 BLOCK = 256  # queries per block
+NAME = "attention"  # of the result, for what a backward pass keeps
 SPLASH_BLOCK, LANES = 512, 128  # splash's blocks of queries and keys: at most, and in multiples of
 
 
@@ -64,15 +66,15 @@ def attend(
     if causal and mask is not None:
         raise ValueError("attend takes causal or a mask, not both")
     chosen = _choose(implementation, q, k, causal, mask)
-    if chosen == "cudnn":
-        return _on_shards(functools.partial(_cudnn, causal=causal), q, k, v)
-    if chosen.startswith("splash"):
+    if chosen.startswith("splash"):  # which names its result, and what else its backward pass needs, itself
         return _on_shards(functools.partial(_splash, interpret=chosen.endswith("interpret")), q, k, v)
-    if chosen == "blocks":
-        return _blocks(q, k, v, causal, mask)
-    if causal:
-        mask = _causal_mask(q.shape[1], k.shape[1], k.shape[1] - q.shape[1])
-    return _plain(q, k, v, mask)
+    if chosen == "cudnn":
+        out = _on_shards(functools.partial(_cudnn, causal=causal), q, k, v)
+    elif chosen == "blocks":
+        out = _blocks(q, k, v, causal, mask)
+    else:
+        out = _plain(q, k, v, _causal_mask(q.shape[1], k.shape[1], k.shape[1] - q.shape[1]) if causal else mask)
+    return checkpoint_name(out, NAME)
 
 
 def _choose(wanted: str, q: jax.Array, k: jax.Array, causal: bool, mask: jax.Array | None) -> str:
@@ -180,6 +182,6 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool) -> jax.Ar
         **dict.fromkeys(("block_kv", "block_kv_compute", "block_kv_dkv", "block_kv_dkv_compute", "block_kv_dq"), block_kv),
     )
     run = kernels.make_splash_mha_single_device(
-        masks.MultiHeadMask([mask] * q.shape[1]), block_sizes=sizes, interpret=interpret
+        masks.MultiHeadMask([mask] * q.shape[1]), block_sizes=sizes, interpret=interpret, residual_checkpoint_name=NAME
     )
     return rearrange(jax.vmap(run)(q, k, v), "b n t h -> b t n h")[:, :length]

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from lmm_jax.config import VisionConfig
 from lmm_jax.data.image import NORMALIZATION_TABLE
 from lmm_jax.models import apart
 from lmm_jax.models.attention import attend
-from lmm_jax.models.layers import Embed, LayerNorm, Proj, rematerialised, residual_gain
+from lmm_jax.models.layers import NARROW, Embed, LayerNorm, Proj, rematerialised, residual_gain
 from lmm_jax.sharding import constrain
 
 
@@ -46,7 +47,8 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (M,G²+1,Dv) -> same."""
         q, k, v = (constrain(proj(x), "batch", None, "heads", None) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(attend(q, k, v, implementation=self.implementation))
+        q, k, v = (checkpoint_name(t, NARROW) for t in (q, k, v))
+        return checkpoint_name(self.out_proj(attend(q, k, v, implementation=self.implementation)), NARROW)
 
 
 class MLP(nn.Module):

@@ -14,17 +14,29 @@ import numpy as np
 from flax import linen as nn
 
 from lmm_jax.config import RopeScaling
-from lmm_jax.models import apart, quantization
+from lmm_jax.models import apart, attention, quantization
 
-REMAT = ("none", "full", "dots")  # a backward pass finds all of a layer; its input only; its input and matrix products
+NARROW = "narrow"  # name of a layer's projections that are no wider than the layer
 
 
 def rematerialised(layer: type[nn.Module], remat: str) -> type[nn.Module]:
-    """A layer whose backward pass computes again what `remat`, one of REMAT, does not keep."""
+    """A layer whose backward pass computes again what it does not find.
+
+    Args:
+      layer: class of a layer.
+      remat: what it finds, one of `config.REMAT`: everything; the layer's input only; that and the result of attention; that
+        and the projections before and after attention; that and those of the MLP.
+    """
     if remat == "none":
         return layer
-    policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
-    return nn.remat(layer, policy=policies[remat], prevent_cse=False)
+    named, policies = jax.checkpoint_policies.save_only_these_names, jax.checkpoint_policies
+    kept = {
+        "full": None,
+        "attention": named(attention.NAME),
+        "narrow": named(attention.NAME, NARROW),
+        "dots": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, named(attention.NAME)),
+    }
+    return nn.remat(layer, policy=kept[remat], prevent_cse=False)
 
 
 class Proj(nn.Module):

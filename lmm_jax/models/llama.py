@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 
 from lmm_jax.config import DecoderConfig
 from lmm_jax.models import apart, kv_cache, layers
@@ -79,8 +80,8 @@ class Attention(nn.Module):
             rope = tuple(t[step.queries] for t in rope)
         q = layers.rotate(self.q_proj(selected), rope)
         k, v = layers.rotate(self.k_proj(x), step.rope), self.v_proj(x)
-        q = constrain(q, "batch", None, "heads", None)
-        k, v = (constrain(t, "batch", None, "kv_heads", None) for t in (k, v))
+        q = checkpoint_name(constrain(q, "batch", None, "heads", None), layers.NARROW)
+        k, v = (checkpoint_name(constrain(t, "batch", None, "kv_heads", None), layers.NARROW) for t in (k, v))
         new, mask, causal = (k, v), step.mask, step.mask is None
         if cache is not None:
             cache = kv_cache.write(cache, new, layer, step.write_at)
@@ -91,7 +92,7 @@ class Attention(nn.Module):
         elif prefix is not None:
             k, v = (jnp.concatenate(pair, axis=1) for pair in zip(prefix, new))
         out = attend(q, k, v, causal=causal, mask=mask, implementation=step.implementation)
-        return self.o_proj(out), new, cache
+        return checkpoint_name(self.o_proj(out), layers.NARROW), new, cache
 
 
 class DecoderLayer(nn.Module):

@@ -55,7 +55,7 @@ class LlavaMini(nn.Module):
       config: sizes.
       dtype: in which arithmetic runs; parameters are cast to it where they are used.
       attention: kernel, one of `attention.IMPLEMENTATIONS`.
-      remat: what a backward pass computes again, one of `layers.REMAT`.
+      remat: what a backward pass computes again, see `layers.rematerialised`.
     """
 
     config: ModelConfig

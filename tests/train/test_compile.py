@@ -76,7 +76,8 @@ def test_what_does_not_fit_is_told(config, capsys):
         (["--topology", "h100-8", "--serve"], "h100-8 cannot be compiled for here, only TPUs can"),
         (["--topology", "h100-8", "--quantize", "int3"], "invalid choice: 'int3'"),
         (["--topology", "h100-8", "--quantize", "int8"], "--rows and --quantize with --serve"),
-        (["--topology", "v5e-4", "--serve", "--images", "1"], "--images without"),
+        (["--topology", "v5e-4", "--serve", "--images", "1"], "--images, --search and --full without"),
+        (["--topology", "v5e-4", "--serve", "--search"], "--images, --search and --full without"),
         (["--topology", "h100-8", "--length", "129"], "data.max_length is 128"),
         (["--topology", "h100-8", "--json", "no/such/folder.json"], "there is no folder no/such"),
     ],
@@ -100,19 +101,25 @@ def test_without_libtpu(config, capsys, monkeypatch):
     assert "pip install 'lmm-jax[tpu-aot]'" in capsys.readouterr().err
 
 
-def test_the_next_smaller_mesh_is_tried(config, capsys, monkeypatch):
+@pytest.mark.parametrize("words", [[], ["--full"], ["--search"]], ids=str)
+def test_the_next_smaller_one_is_tried(config, capsys, monkeypatch, words):
     """With a compiler that finds no room, in place of libtpu's."""
     tried = []
 
-    def compile_step(setup, shape):
-        tried.append(dict(setup.mesh.shape))
-        return compile.Compiled(20e9, 0.0, [], 1.0, False)
+    def compile_step(setup, shape, options):
+        tried.append((dict(setup.mesh.shape), setup.config.compute.remat, setup.config.optimizer.accumulation))
+        assert options == ({} if "--full" in words else compile.hardware.QUICK)
+        return compile.Compiled(15.75 * 2**30 + 1, 0.0, [], 1.0, False)
 
     monkeypatch.setattr(compile, "compile_step", compile_step)
     monkeypatch.setattr(compile.hardware, "described", lambda shape: jax.devices())
-    assert main(["compile", "--topology", "v5e-8", config]) == 1
+    assert main(["compile", "--topology", "v5e-8", *words, config]) == 1
     said = capsys.readouterr().out
-    assert len(tried) == 3 and said.count("does not fit, attempt") == 3 and "It does not fit: more devices" in said
+    assert (
+        len({str(one) for one in tried}) == 3
+        and said.count("does not fit, attempt") == 3
+        and "It does not fit: more devices" in said
+    )
 
 
 @pytest.mark.parametrize(
@@ -124,7 +131,7 @@ def test_the_next_smaller_mesh_is_tried(config, capsys, monkeypatch):
 )
 def test_what_the_compiler_says_of_memory(message, expected):
     class Lowered:
-        def compile(self):
+        def compile(self, compiler_options):
             raise jax.errors.JaxRuntimeError(message)
 
     with pytest.raises(rehearsal.TooLargeError) as error:

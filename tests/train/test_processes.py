@@ -1,6 +1,7 @@
-"""Two processes of four devices each train, stop, resume and write one run, as one process of eight devices does."""
+"""Several processes train, stop, die, resume and write one run, as one process of eight devices does."""
 
 import dataclasses
+import random
 import shutil
 import signal
 from pathlib import Path
@@ -69,6 +70,31 @@ def test_as_one_process(records, start, tmp_path, mesh):
     onto = run_of(tmp_path / "onto", records, start, MESHES[2])
     assert train(onto)
     assert_close(one, onto)
+
+
+@pytest.mark.slow
+def test_one_of_four_is_killed(records, start, tmp_path):
+    """The others end by themselves; the job goes on with four processes, with two, and with one."""
+    mesh = "data=2,fsdp=2,tensor=2"
+    one, four = (run_of(tmp_path / name, records, start, mesh) for name in ("one", "four"))
+    assert train(one)
+
+    processes = launch_all(four, 4, 2)
+    until(lambda: saved(four.folder), processes[0])
+    processes[random.randrange(4)].kill()
+    statuses, said = wait_all(four, processes)
+    assert all(statuses), (statuses, said)
+    assert not Path(four.folder, "model").exists()
+    last = saved(four.folder)[-1]
+    for name in ("two", "alone"):
+        shutil.copytree(four.folder, tmp_path / name)
+
+    for name, processes, devices in (("four", 4, 2), ("two", 2, 4), ("alone", 1, 8)):
+        again = run_of(tmp_path / name, records, start, mesh)
+        statuses, said = wait_all(again, launch_all(again, processes, devices))
+        assert not any(statuses), said
+        assert said.count(f"going on from step {last}") == processes, said
+        assert_close(one, again)
 
 
 def assert_close(one, other):

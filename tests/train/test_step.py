@@ -12,7 +12,7 @@ from published import to_hf_names
 from support import TRAINING, golden, gradient_norms, relative_error
 
 from lmm_jax import sharding
-from lmm_jax.config import IGNORE_LABEL
+from lmm_jax.config import IGNORE_LABEL, REMAT
 from lmm_jax.data.layout import Row
 from lmm_jax.errors import UserError
 from lmm_jax.models.llava_mini import LlavaMini
@@ -145,7 +145,7 @@ def assert_same(got, expected, tolerance):
 
 @pytest.mark.parametrize(
     "settings",
-    ({"parts": 2, "chunk": 5}, {"remat": "full"}, {"remat": "dots"}),
+    ({"parts": 2, "chunk": 5}, *({"remat": kind} for kind in REMAT[1:])),
     ids=lambda s: "-".join(f"{k}-{v}" for k, v in s.items()),
 )
 def test_the_same_step_cut_differently(example, settings):
