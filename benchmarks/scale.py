@@ -43,7 +43,8 @@ RUNS = (
     "llava_v1_5_vicuna_7b",
 )
 TOPOLOGIES = ("v5e-64", "v5e-256", "v5p-128", "v6e-64", "v6e-256", "a100-8", "a100-64", "h100-8", "h100-64")
-HOW = "mesh | remat | parts | fits"
+HOW = ("mesh", "remat", "parts", "fits")
+BOUND = ("step at least, s", "exchange at least, s", "MFU at most")
 SCALED, SIZES = "stage2_llama_3_1_8b", (8, 16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -63,6 +64,13 @@ def main() -> None:
                 figures |= {"seconds": time.monotonic() - start, "machine": machine("jax", "libtpu")}
                 kept["compiled"][run][topology] = figures
                 write(kept)
+    if args.compile:
+        print("\n## Compiled\n")
+        heads("run", "topology", *HOW, "memory, GB", "of", *BOUND, "compiled in, s")
+        for run, found in kept["compiled"].items():
+            for topology, f in found.items():
+                memory = f"{f['memory']['peak'] / 1e9:.1f} | {f['memory']['of'] / 1e9:.1f}"
+                print(f"| {run} | {topology} | {how(f)} | {memory} | {told(f)} | {f['seconds']:.0f} |")
     if not args.compile:
         kept["estimated"] |= {run: estimated(run) for run in args.runs}
         kept["scaling"] = scaling()
@@ -93,8 +101,7 @@ def estimated(run: str) -> dict[str, Any]:
         chip, devices, _ = hardware.parse(topology)
         found[topology] = row(best(run, chip, devices))
     print(f"\n## {run}, {config_of(run).data.batch_size} rows of {config_of(run).data.max_length} positions, a picture each\n")
-    print(f"| topology | {HOW} | memory, GB | step at least, s | exchange at least, s | MFU at most |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    heads("topology", *HOW, "memory, GB", *BOUND)
     for topology, f in found.items():
         print(f"| {topology} | {how(f)} | {f['bytes'] / 1e9:.1f} | {told(f)} |", flush=True)
     return found
@@ -104,8 +111,7 @@ def scaling() -> dict[str, Any]:
     """One run on more and more chips; TPUs beyond a pod are several pods, which a network joins."""
     found: dict[str, Any] = {}
     print(f"\n## {SCALED} on 8 to 1,024 chips\n")
-    print(f"| chip | devices | {HOW} | step at least, s | exchange at least, s | MFU at most |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    heads("chip", "devices", *HOW, *BOUND)
     for name in ("v5e", "v5p", "v6e", "h100"):
         for devices in SIZES:
             chip = hardware.CHIPS[name]
@@ -117,16 +123,11 @@ def scaling() -> dict[str, Any]:
     return found
 
 
-_PLANNED: dict[tuple[str, bool], Any] = {}
-
-
 def best(run: str, chip: Any, devices: int) -> meshes.Candidate:
     """What `python -m train compile --search` would try first."""
     config = config_of(run)
-    sizes, key = planned_config(config.start), (run, bool(chip.shapes))
-    if key not in _PLANNED:
-        _PLANNED[key] = compile.planned(config, sizes, chip, 1, config.data.max_length, meshes.SEARCHED["remat"])
-    shape, works = _PLANNED[key]
+    sizes = planned_config(config.start)
+    shape, works = compile.planned(config, sizes, chip, 1, config.data.max_length, meshes.SEARCHED["remat"])
     return meshes.candidates(config, sizes, chip, devices, shape, works, meshes.SEARCHED["accumulation"])[0]
 
 
@@ -136,6 +137,11 @@ def row(c: meshes.Candidate) -> dict[str, Any]:
     bound = {"step": c.bound.step, **dataclasses.asdict(c.bound)}
     settings = {"mesh": c.mesh, "remat": c.remat, "accumulation": c.accumulation}
     return settings | {"fits": c.fits, "bytes": c.bytes, "held": held, "kept": c.kept, "bound": bound}
+
+
+def heads(*columns: str) -> None:
+    """The first two lines of a table."""
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
 
 
 def how(f: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ meshes that are not compiled, the estimates of `train.meshes` stand alone, and s
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -115,12 +116,17 @@ def planned(
     """A batch of a run, and what its step is by remat, on whatever mesh; raises as `roofline.bucket` and `setup.plan`."""
     if not chip.shapes:  # a GPU's kernel cannot be traced where there is none; the portable ones do the same products
         config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, attention="auto"))
-    works = {}
-    for remat in remats:
-        anywhere = plan(computed(config, remat=remat), sizes, meshes.abstract_mesh("data=1", chip))
-        shape = roofline.bucket(anywhere, images, length)
-        works[remat] = roofline.work(anywhere, shape)
-    return shape, works
+    config = computed(config, mesh="")
+    found = {r: _traced(computed(config, remat=r), sizes, bool(chip.shapes), images, length) for r in remats}
+    return next(iter(found.values()))[0], {remat: work for remat, (_, work) in found.items()}
+
+
+@functools.cache
+def _traced(config: TrainConfig, sizes: ModelConfig, on_tpu: bool, images: int, length: int) -> tuple[Bucket, Work]:
+    """The same for all TPUs, and for all GPUs."""
+    anywhere = plan(config, sizes, meshes.abstract_mesh("data=1", hardware.CHIPS["v5e" if on_tpu else "h100"]))
+    shape = roofline.bucket(anywhere, images, length)
+    return shape, roofline.work(anywhere, shape)
 
 
 def serve(config: TrainConfig, topology: str, *, rows: int, length: int | None, quantize: str | None) -> dict[str, Any]:

@@ -1,18 +1,30 @@
-"""Settings for pods and clusters: those that are shipped, and how the command line takes them."""
+"""Settings for pods and clusters: those that are shipped, how the command line takes them, and what was found of them.
 
+Where shardings or figures change on purpose: `LMM_WRITE_SNAPSHOTS=1 pytest tests/train/test_ready.py` writes the shardings
+anew, `python benchmarks/scale.py` the figures.
+"""
+
+import dataclasses
 import importlib
+import importlib.util
 import json
+import os
 from pathlib import Path
 
+import jax
 import pytest
 
 from lmm_jax import sharding
 from lmm_jax.config import REMAT
 from lmm_jax.errors import UserError
-from train import hardware, ready
+from train import compile, hardware, meshes, ready, roofline
 from train.__main__ import main
 from train.config import TrainConfig
+from train.setup import plan
+from train.start import planned_config
 
+SHARDINGS = Path(__file__).with_name("shardings.json")
+FOUND = json.loads((Path(ready.__file__).parents[1] / "benchmarks" / "scale.json").read_text())
 CONFIGS = Path(ready.__file__).parents[1] / "configs"
 SETTINGS = json.loads((CONFIGS / ready.FILE).read_text())
 EACH = [(run, topology) for run, known in SETTINGS.items() for topology in known]
@@ -55,3 +67,69 @@ def test_what_is_not_known(tmp_path):
         ready.on("v5e-4", config, file)
     with pytest.raises(UserError, match="no settings for .*mine.py"):
         ready.on("v5e-64", config, tmp_path / "mine.py")
+
+
+def planned(run, topology):
+    """The setup of a run as it is computed there, and what it keeps."""
+    chip, _, _ = hardware.parse(topology)
+    config = ready.on(topology, config_of(run), CONFIGS / f"{run}.py")
+    setup = plan(config, planned_config(config.start), meshes.abstract_mesh(config.compute.mesh, chip))
+    return setup, roofline.planned_state(setup)
+
+
+@pytest.mark.parametrize("run", SETTINGS)
+def test_shardings_are_those_that_were_kept(run):
+    _, state = planned(run, "v5e-64")
+    described = {
+        f"{kind} {path}": f"{leaf.dtype}{list(leaf.shape)} {leaf.sharding.spec}"
+        for kind, leaves in (("trained", state.trained), ("frozen", state.frozen))
+        for path, leaf in leaves.items()
+    }
+    described["optimizer"] = f"{sum(x.size for x in jax.tree.leaves(state.optimizer))} numbers"
+    kept = json.loads(SHARDINGS.read_text()) if SHARDINGS.exists() else {}
+    if os.environ.get("LMM_WRITE_SNAPSHOTS"):
+        SHARDINGS.write_text(json.dumps(dict(sorted((kept | {run: described}).items())), indent=1) + "\n")
+    else:
+        assert described == kept[run]
+
+
+@pytest.mark.parametrize("run,topology", EACH, ids="-".join)
+def test_memory_is_what_was_found(run, topology):
+    setup, state = planned(run, topology)
+    shape = roofline.bucket(setup, 1, setup.config.data.max_length)
+    held = dataclasses.asdict(roofline.held(state, roofline.abstract_batch(setup, shape)))
+    compiled = FOUND["compiled"].get(run, {}).get(topology)
+    if compiled:
+        assert {kind: compiled["memory"][kind] for kind in held} == held
+        assert compiled["fits"] and compiled["memory"]["peak"] <= compiled["memory"]["of"]
+    else:
+        assert FOUND["estimated"][run][topology]["held"] == held
+
+
+@pytest.mark.parametrize(
+    "run", [pytest.param(r, marks=[] if r.startswith("stage1_v") else pytest.mark.slow) for r in SETTINGS]
+)
+def test_work_is_what_was_found(run):
+    """FLOPs and what is kept for the backward pass, of the settings for v5e-64."""
+    compiled = FOUND["compiled"][run]["v5e-64"]
+    config = ready.on("v5e-64", config_of(run), CONFIGS / f"{run}.py")
+    chip, _, _ = hardware.parse("v5e-64")
+    sizes, remats = planned_config(config.start), (compiled["remat"],)
+    once = ready.computed(config, accumulation=1)
+    shape, works = compile.planned(once, sizes, chip, 1, config.data.max_length, remats)
+    work = works[compiled["remat"]].in_parts(compiled["accumulation"])
+    assert dataclasses.asdict(shape) == compiled["batch"]
+    assert compiled["flops"] == {"model": work.model_flops, "executed": work.executed_flops}
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="pip install 'lmm-jax[tpu-aot]'")
+@pytest.mark.slow
+def test_the_compiled_step_is_what_was_found(tmp_path):
+    run, file = "stage1_vicuna_7b", tmp_path / "figures.json"
+    words = ["--topology", "v5e-64", "--on", "v5e-64", "--json", str(file)]
+    assert main(["compile", *words, str(CONFIGS / f"{run}.py")]) == 0
+    got, kept = json.loads(file.read_text()), FOUND["compiled"][run]["v5e-64"]
+    assert got["memory"]["peak"] == pytest.approx(kept["memory"]["peak"], rel=0.02)
+    assert {c["kind"] for c in got["collectives"]} == {c["kind"] for c in kept["collectives"]}
+    received = [sum(c["received"] for c in found["collectives"]) for found in (got, kept)]
+    assert received[0] == pytest.approx(received[1], rel=0.02)
