@@ -16,7 +16,9 @@ from conversion.progress import byte_bar
 from conversion.readers import Fault, listed
 from conversion.tokenizers import files_to_copy, read_tokenizer
 from conversion.writers import Output, copy_files, num_bytes, plan_shards, write_safetensors
+from lmm_jax import storage
 from lmm_jax.checkpoint import leaf_shapes, read_config, read_leaf, whole_folder
+from lmm_jax.data.tokenize import TOKENIZER_FILES
 from lmm_jax.errors import UserError
 
 VISION_FOLDER = "vision_tower"
@@ -42,8 +44,8 @@ def to_hf(src: str, dst: str, *, max_shard_bytes: int = 5 * 10**9, report: Calla
     named = is_hub_name(config.vision.name)
     encoder = [] if named else [_rename(o) for o in outputs if o.name.startswith(VISION_PREFIX)]
     total = sum(map(num_bytes, outputs + encoder))
-    folders = [Path(src)]
-    with whole_folder(Path(dst), total) as growing, byte_bar(total, "exporting") as advance:
+    folders = [storage.local_folder(src, TOKENIZER_FILES)]
+    with whole_folder(dst, total) as growing, byte_bar(total, "exporting") as advance:
         _write_json(
             growing / "config.json", model_to_hf(config, _dtype(outputs), config.vision.name if named else VISION_FOLDER)
         )

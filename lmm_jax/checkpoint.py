@@ -31,6 +31,7 @@ from lmm_jax.sharding import leaf_paths
 
 CONFIG_FILE = "config.json"
 PARAMS_FOLDER = "params"
+_MARK = ".growing"
 
 
 # ---------------------------------------------------------------------------------------------------------------- names
@@ -263,7 +264,7 @@ def write_model(
     """Writes a model folder. It appears at `folder` whole, at the very end, whatever happens before.
 
     Until then it grows in a hidden folder beside it, which is removed when writing fails, or by the next write to the
-    same name when this process is killed. In a bucket, where nothing can be renamed, it is no model folder until the end.
+    same name when this process is killed. In a bucket, where nothing can be renamed, it is copied from there at the end.
 
     Args:
       folder: new or empty; or, with `overwrite`, a model folder, which is replaced when the new one is complete.
@@ -326,24 +327,32 @@ def whole_folder(folder: Path | str, size: int, *, overwrite: bool = False) -> I
 
 @contextlib.contextmanager
 def _bucket_folder(folder: Path | str, overwrite: bool) -> Iterator[Path]:
-    """A folder in a bucket to write into, ``config.json`` last: without it, it is no model folder.
+    """A folder in a bucket to write into, which is copied to `folder` when the block ends well, ``config.json`` last.
 
-    What a writer that failed or was killed left is marked, and replaced by the next one. Raises as `whole_folder`.
+    While it is copied `folder` is marked and no model folder; the next writer takes its place. Raises as `whole_folder`.
     """
     folder = storage.as_path(folder)
-    mark = folder / ".growing"
+    growing, mark = folder.parent / f".{folder.name}.growing", folder / _MARK
     try:
         with storage.reaching(folder):
-            if not mark.exists():
+            if not is_unfinished(folder):
                 _refuse_taken(folder, overwrite)
-            if folder.exists():
-                folder.rmtree()
-            mark.write_text("")
-        yield folder
+            storage.remove(growing)
+        yield growing
         with storage.reaching(folder):
+            mark.write_text("")
+            storage.remove(folder, but=(_MARK,))
+            storage.copy(growing, folder, last=CONFIG_FILE)
             mark.unlink()
+            storage.remove(growing)
     except OSError as error:
         raise UserError(f"cannot write {folder} ({error})") from error
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether it is what a writer left in a bucket that was killed, and so no model folder."""
+    remote = storage.is_remote(folder)
+    return remote and storage.exists(folder / _MARK) and not storage.exists(folder / CONFIG_FILE)
 
 
 def _refuse_taken(folder: Path, overwrite: bool) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from lmm_jax import storage
 from lmm_jax.config import KV_CACHES, QUANTIZATIONS, TEMPLATES
 from lmm_jax.errors import UserError
 
@@ -51,6 +52,11 @@ def run_command(command: Callable[[], None]) -> int:
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        if not storage.is_on_the_way(error):
+            raise
+        print(f"error: a bucket cannot be reached: {str(error) or type(error).__name__}", file=sys.stderr)
+        return 2
 
 
 def _parser(evaluation: bool) -> argparse.ArgumentParser:

@@ -12,12 +12,14 @@ import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from lmm_jax.errors import UserError
 
 GS = "gs://"
+_CARRIERS = ("gcsfs", "fsspec", "aiohttp", "google", "requests")  # packages, which have no error in common
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -34,10 +36,13 @@ def as_path(path: str | os.PathLike) -> Path:
     if not is_remote(path):
         return Path(path)
     try:
+        import fsspec.config
         import gcsfs  # noqa: F401  epath says less clearly that it is missing
         from etils import epath
     except ImportError as error:
         raise UserError(f"{os.fspath(path)} is in a bucket, which takes pip install 'lmm-jax[gcs]'") from error
+    for protocol in ("gs", "gcs"):  # other hosts write there, too
+        fsspec.config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
     return epath.Path(path)
 
 
@@ -54,22 +59,59 @@ def join(folder: str | os.PathLike, name: str) -> str:
 
 def exists(path: str | os.PathLike) -> bool:
     """Whether there is a file or a folder."""
-    return as_path(path).exists()
+    return as_path(path).exists() if is_remote(path) else os.path.exists(path)
+
+
+def check_writable(folder: str | os.PathLike, name: str) -> None:
+    """Writes a small file of that name to a bucket and removes it, rather than fail when there is much to lose.
+
+    Raises:
+      UserError: the bucket is not there, or may not be written to.
+    """
+    file = as_path(folder) / name
+    try:
+        with reaching(file):
+            file.write_bytes(b"")
+            file.unlink()
+    except OSError as error:
+        raise UserError(f"{os.fspath(folder)} cannot be written to ({error}): name another bucket") from error
+
+
+def remove(folder: str | os.PathLike, *, but: Sequence[str] = ()) -> None:
+    """Removes everything in a folder of a bucket but the files of these names."""
+    files = _files(folder)
+    gone = [path for name, path in files.items() if name not in but]
+    if gone:
+        _system().rm(gone)
+
+
+def copy(source: str | os.PathLike, to: str | os.PathLike, *, last: str) -> None:
+    """Copies a folder within buckets, the file of one name last."""
+    files = _files(source)
+    for name in sorted(files, key=lambda name: name == last):
+        _system().copy(files[name], f"{os.fspath(to)}/{name}")
+
+
+def _files(folder: str | os.PathLike) -> dict[str, str]:
+    """Name as seen from the folder -> path."""
+    start = os.fspath(folder).removeprefix(GS).rstrip("/") + "/"
+    return {path.removeprefix(start): GS + path for path in _system().find(start)}
+
+
+def _system() -> Any:
+    import fsspec
+
+    return fsspec.filesystem("gs")
 
 
 @contextlib.contextmanager
 def local(path: str | os.PathLike) -> Iterator[str]:
-    """A file of this machine with the content of `path`: itself, or a copy that is gone afterwards.
-
-    Raises:
-      OSError: the bucket cannot be read.
-    """
+    """A file of this machine with the content of `path`: itself, or a copy that is gone afterwards."""
     if not is_remote(path):
         yield os.fspath(path)
         return
     with tempfile.NamedTemporaryFile(suffix=os.path.splitext(os.fspath(path))[1]) as file:
-        with reaching(path):
-            file.write(as_path(path).read_bytes())
+        file.write(as_path(path).read_bytes())
         file.flush()
         yield file.name
 
@@ -99,9 +141,12 @@ def reaching(path: str | os.PathLike) -> Iterator[None]:
     """What goes wrong on the way to a bucket, credentials and network among it, as an OSError."""
     try:
         yield
-    except (OSError, UserError):
-        raise
-    except Exception as error:  # of gcsfs, aiohttp and google.auth, which have no class in common
-        if not is_remote(path):
+    except Exception as error:
+        if not is_on_the_way(error):
             raise
         raise OSError(f"{os.fspath(path)}: {str(error) or type(error).__name__}") from error
+
+
+def is_on_the_way(error: Exception) -> bool:
+    """Whether it is of those who carry files to and from buckets."""
+    return type(error).__module__.partition(".")[0] in _CARRIERS

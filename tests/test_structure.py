@@ -37,6 +37,7 @@ ROOMS = {
     },
     "lmm_jax.analysis": {
         "lmm_jax.errors",
+        "lmm_jax.storage",
         "lmm_jax.config",
         "lmm_jax.sharding",
         "lmm_jax.data",
@@ -47,6 +48,7 @@ ROOMS = {
     },
     "lmm_jax.cli": {
         "lmm_jax",
+        "lmm_jax.storage",
         "lmm_jax.errors",
         "lmm_jax.config",
         "lmm_jax.data",
@@ -71,7 +73,15 @@ ROOMS = {
         "lmm_jax.storage",
         "lmm_jax.cli",
     },
-    "conversion": {"lmm_jax.errors", "lmm_jax.config", "lmm_jax.checkpoint", "lmm_jax.models", "lmm_jax.data", "lmm_jax.cli"},
+    "conversion": {
+        "lmm_jax.errors",
+        "lmm_jax.storage",
+        "lmm_jax.config",
+        "lmm_jax.checkpoint",
+        "lmm_jax.models",
+        "lmm_jax.data",
+        "lmm_jax.cli",
+    },
 }
 FILES = sorted(p for folder in ("lmm_jax", "conversion", "train") for p in (ROOT / folder).rglob("*.py"))
 

@@ -40,7 +40,7 @@ class Checkpoints:
 
         self._ocp, self._config, folder = ocp, config, storage.absolute(config.kept_in) / "checkpoints"
         if read_only and not folder.is_dir():
-            raise UserError(f"the run in {config.folder} has no checkpoint yet")
+            raise UserError(f"the run in {config.kept_in} has no checkpoint yet")
         own = {"read_only": True} if read_only else {"max_to_keep": config.record.keep, "cleanup_tmp_directories": True}
         self._manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(**own))
 
@@ -78,7 +78,7 @@ class Checkpoints:
         changed = [name for name, digest in identity.items() if position["identity"].get(name) != digest]
         if changed:
             raise UserError(
-                f"the run in {self._config.folder} was started with other {' and other '.join(changed)}: put them back, or "
+                f"the run in {self._config.kept_in} was started with other {' and other '.join(changed)}: put them back, or "
                 "choose another folder"
             )
         abstract, args = _saved(state), self._ocp.args
@@ -108,7 +108,7 @@ class Checkpoints:
             return self._manager.restore(step, args=self._ocp.args.Composite(**items))
         except (ValueError, KeyError, OSError) as error:
             raise UserError(
-                f"checkpoint {step} in {self._config.folder} cannot be restored ({str(error)[:300]}): remove it to "
+                f"checkpoint {step} in {self._config.kept_in} cannot be restored ({str(error)[:300]}): remove it to "
                 "go on from the one before, or choose another folder"
             ) from error
 
@@ -119,7 +119,7 @@ class Checkpoints:
         if changed:
             what = "; ".join(f"{k} was {before.get(k)!r} and is {now.get(k)!r}" for k in changed)
             raise UserError(
-                f"the run in {self._config.folder} was started with other settings ({what}): give it the same ones, "
+                f"the run in {self._config.kept_in} was started with other settings ({what}): give it the same ones, "
                 "or choose another folder"
             )
 

@@ -7,7 +7,7 @@ meshes that are not compiled, the estimates of `train.meshes` stand alone, and s
 from __future__ import annotations
 
 import dataclasses
-import functools
+import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -20,13 +20,13 @@ import numpy as np
 from lmm_jax import sharding
 from lmm_jax.analysis import program
 from lmm_jax.analysis.program import Collective
-from lmm_jax.analysis.rehearsal import TooLargeError, compile_for, rehearse
+from lmm_jax.analysis.rehearsal import TooLargeError, beside_arguments, compile_for, rehearse
 from lmm_jax.config import IMAGE_TOKEN_ID, ModelConfig
 from lmm_jax.errors import UserError
 from lmm_jax.inference.engine import Request
 from lmm_jax.inference.sampling import Sampling
-from train import hardware, meshes, roofline
-from train.config import TrainConfig
+from train import hardware, meshes, roofline, xla
+from train.config import TrainConfig, to_json
 from train.hardware import Chip
 from train.meshes import Candidate
 from train.plan import Bucket
@@ -36,6 +36,7 @@ from train.setup import Setup, plan
 from train.start import planned_config
 
 SHOWN = 6  # meshes in the table
+_TRACED: dict[str, tuple[Bucket, Work]] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +84,9 @@ def run(
     """
     chip, devices, shape_name = hardware.parse(topology)
     sizes = planned_config(config.start)
-    remats = meshes.SEARCHED["remat"] if search else (config.compute.remat,)
+    remats = meshes.searched(config)["remat"] if search else (config.compute.remat,)
     shape, works = planned(config, sizes, chip, images, length or config.data.max_length, remats)
-    parts = meshes.SEARCHED["accumulation"] if search else ()
+    parts = meshes.searched(config)["accumulation"] if search else ()
     found = meshes.candidates(config, sizes, chip, devices, shape, works, parts)
     print(_head(config, topology, chip, devices, shape), end="\n\n")
     print(_mesh_table(found), flush=True)
@@ -97,13 +98,13 @@ def run(
         chosen = left[0]
         mesh = sharding.make_mesh(chosen.mesh, hardware.described(shape_name))
         setup = plan(computed(config, remat=chosen.remat, accumulation=chosen.accumulation), sizes, mesh)
+        setup = dataclasses.replace(setup, options=xla.known(setup.options, config.compute.xla_flags, mesh))
         compiled = compile_step(setup, shape, {} if full else hardware.QUICK)
         if compiled.fits:
             break
         said = f"{_how(chosen)} does not fit, attempt {attempt + 1} of {tries}"
         print(f"\n{said}: {compiled.peak / 1e9:.1f} GB", flush=True)
-        over = compiled.peak - chip.memory if math.isfinite(compiled.peak) else 0.0
-        left = [c for c in left if c.bytes < chosen.bytes - over]
+        left = [c for c in left if c.bytes < chosen.bytes * (min(1.0, chip.memory / compiled.peak) or 1.0)]
     figures = _figures(chip, devices, works[chosen.remat].in_parts(chosen.accumulation), chosen, compiled)
     print("\n" + _told(chip, chosen, compiled, figures))
     how = {"mesh": chosen.mesh, "remat": chosen.remat, "accumulation": chosen.accumulation}
@@ -117,16 +118,16 @@ def planned(
     if not chip.shapes:  # a GPU's kernel cannot be traced where there is none; the portable ones do the same products
         config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, attention="auto"))
     config = computed(config, mesh="")
-    found = {r: _traced(computed(config, remat=r), sizes, bool(chip.shapes), images, length) for r in remats}
-    return next(iter(found.values()))[0], {remat: work for remat, (_, work) in found.items()}
-
-
-@functools.cache
-def _traced(config: TrainConfig, sizes: ModelConfig, on_tpu: bool, images: int, length: int) -> tuple[Bucket, Work]:
-    """The same for all TPUs, and for all GPUs."""
-    anywhere = plan(config, sizes, meshes.abstract_mesh("data=1", hardware.CHIPS["v5e" if on_tpu else "h100"]))
-    shape = roofline.bucket(anywhere, images, length)
-    return shape, roofline.work(anywhere, shape)
+    found = {}
+    for remat in remats:
+        run, on_tpu = computed(config, remat=remat), bool(chip.shapes)
+        key = json.dumps((to_json(run), dataclasses.asdict(sizes), on_tpu, images, length))
+        if key not in _TRACED:  # it is the same for all TPUs, and for all GPUs
+            anywhere = plan(run, sizes, meshes.abstract_mesh("data=1", chip))
+            shape = roofline.bucket(anywhere, images, length)
+            _TRACED[key] = shape, roofline.work(anywhere, shape)
+        shape, found[remat] = _TRACED[key]
+    return shape, found
 
 
 def serve(config: TrainConfig, topology: str, *, rows: int, length: int | None, quantize: str | None) -> dict[str, Any]:
@@ -186,9 +187,9 @@ def compile_step(setup: Setup, shape: Bucket, options: Mapping[str, str]) -> Com
         except TooLargeError as error:
             return Compiled(error.needed or math.inf, 0.0, [], time.monotonic() - start, False)
     memory = compiled.memory_analysis()
-    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+    new = beside_arguments(memory, sharding.platform(setup.mesh))
     exchanged = program.collectives(compiled.as_text())
-    return Compiled(peak, memory.temp_size_in_bytes, exchanged, time.monotonic() - start, True)
+    return Compiled(memory.argument_size_in_bytes + new, new, exchanged, time.monotonic() - start, True)
 
 
 def _figures(chip: Chip, devices: int, work: Work, chosen: Candidate, compiled: Compiled | None) -> dict[str, Any]:

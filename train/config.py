@@ -263,8 +263,8 @@ def _check(c: TrainConfig) -> None:
         faults.append("loss_chunk, log_steps and keep must be positive")
     if c.max_steps is not None and c.max_steps < 1:
         faults.append(f"max_steps {c.max_steps} is not positive")
-    if "://" in c.folder or (c.record.bucket and not c.record.bucket.startswith("gs://")):
-        faults.append("folder is on this machine, record.bucket is gs://bucket/folder or nothing")
+    if "://" in c.folder + d.cache or (c.record.bucket and not c.record.bucket.startswith("gs://")):
+        faults.append("folder and data.cache are on this machine, record.bucket is gs://bucket/folder or nothing")
     if faults:
         raise UserError("this run cannot work: " + "; ".join(faults))
 

@@ -273,10 +273,9 @@ def read_media(record: Record, config: DataConfig, model: ModelConfig, out: np.n
     kind, place = ("video" if record.is_video else "picture"), 0
     for path in record.media:
         try:
-            with storage.reaching(path):
-                path = video_file(path) if record.is_video else path
-                if not storage.exists(path):
-                    raise UnusableError(f"{kind} missing", path)
+            path = video_file(path) if record.is_video else path
+            if not storage.exists(path):
+                raise UnusableError(f"{kind} missing", path)
             with storage.local(path) as file:
                 if record.is_video:
                     pictures = map(Image.fromarray, take_frames(file, size=size, frames=config.video_frames))
@@ -285,11 +284,11 @@ def read_media(record: Record, config: DataConfig, model: ModelConfig, out: np.n
                 for picture in pictures:
                     out[place] = preprocess(picture, **settings)
                     place += 1
-        except UnusableError:
-            raise
         except UserError as error:
             raise UnusableError(f"{kind} unreadable", str(error)) from error
         except (ValueError, OSError) as error:  # broken files make readers raise nearly anything
+            if storage.is_on_the_way(error):  # nothing is wrong with the record
+                raise
             raise UnusableError(f"{kind} unreadable", f"{path}: {error}") from error
 
 

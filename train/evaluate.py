@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import jax
 
+from lmm_jax import storage
 from lmm_jax.data.conversation import count_placeholders
 from lmm_jax.data.frames import video_file
 from lmm_jax.errors import UserError
@@ -82,12 +84,15 @@ class HeldOut:
         media = record.media[: count_placeholders(record.messages[:1])]  # others belong to later turns
         template = self._data.config.template or None
         try:
-            if not record.is_video:
-                said = self._assistant.ask(question, media, template=template, max_new_tokens=64)
-            elif len(media) == 1:
-                said = self._assistant.ask(question, video=video_file(media[0]), template=template, max_new_tokens=64)
-            else:
-                raise UserError(f"{len(media)} videos, a question can be about one")
+            with contextlib.ExitStack() as until_asked:
+                paths = [video_file(m) for m in media] if record.is_video else media
+                files = [until_asked.enter_context(storage.local(path)) for path in paths]
+                if not record.is_video:
+                    said = self._assistant.ask(question, files, template=template, max_new_tokens=64)
+                elif len(files) == 1:
+                    said = self._assistant.ask(question, video=files[0], template=template, max_new_tokens=64)
+                else:
+                    raise UserError(f"{len(files)} videos, a question can be about one")
         except UserError as error:
             return f"{where}: not asked, {error}"
         return f"{where}: {said!r}, expected {expected!r}"

@@ -113,11 +113,12 @@ def model_folder(config: TrainConfig) -> Path:
 
 def check_folder(folder: Path) -> None:
     """Raises UserError where the model folder of a run could not be written at its end: only a model folder is replaced."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
     try:
+        with storage.reaching(folder):
+            if not folder.exists() or checkpoint.is_unfinished(folder) or (folder.is_dir() and not any(folder.iterdir())):
+                return
         checkpoint.read_config(folder)
-    except UserError as error:
+    except (UserError, OSError) as error:
         raise UserError(
             f"the run is to write its model to {folder}, which is taken ({error}): choose another folder"
         ) from error

@@ -124,7 +124,13 @@ def quiet_libtpu() -> None:
     """Lets libtpu compile where there is no TPU, without asking the network for one; before JAX is first used."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     wanted = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost"}
-    wanted |= {"TPU_WORKER_ID": "0", "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    wanted |= {
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_WORKER_ID": "0",
+        "TPU_STDERR_LOG_LEVEL": "3",
+        "TPU_MIN_LOG_LEVEL": "3",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 
+from lmm_jax import storage
 from lmm_jax.errors import UserError
 from train.checkpoints import Checkpoints, Identity
 from train.config import TrainConfig
@@ -46,6 +47,8 @@ def train(config: TrainConfig) -> bool:
       SystemExit: SIGTERM came before the first step.
     """
     setup, folder = prepare(config), Path(config.folder)
+    if config.record.bucket:
+        storage.check_writable(config.record.bucket, f".writable.{jax.process_index()}")
     check_folder(model_folder(config))
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -109,7 +112,7 @@ def export_checkpoint(config: TrainConfig, step: int | None = None) -> Path:
         found = checkpoints.steps()
         if not found or step not in (None, *found):
             raise UserError(
-                f"the run in {config.folder} has " + (f"checkpoints {found}, not {step}" if found else "no checkpoint yet")
+                f"the run in {config.kept_in} has " + (f"checkpoints {found}, not {step}" if found else "no checkpoint yet")
             )
         abstract = abstract_state(setup, 1)
         frozen = initial_params_of(setup, abstract)[1]

@@ -68,6 +68,12 @@ class Candidate:
         return self.held.total + self.kept + self.working
 
 
+def searched(config: TrainConfig) -> dict[str, tuple]:
+    """What is tried beside the mesh: the usual, and what the run has."""
+    own = {"remat": config.compute.remat, "accumulation": config.optimizer.accumulation}
+    return {name: tuple(dict.fromkeys((*usual, own[name]))) for name, usual in SEARCHED.items()}
+
+
 def abstract_mesh(spec: str, chip: Chip) -> AbstractMesh:
     """A mesh of chips that need not be here; good for all but compiling. Raises as `sharding.make_mesh`."""
     sizes = sharding.mesh_sizes(spec)
@@ -184,7 +190,7 @@ def _summed(setup: Setup, shape: Bucket) -> float:
     and one of them again where layers are computed again.
     """
     c = setup.model.config
-    sums = 5 if setup.config.compute.remat == "full" else 4
+    sums = 5 if setup.config.compute.remat in ("full", "attention") else 4
     positions = shape.length * c.decoder.num_layers
     positions += shape.images * (c.prefix_length + shape.fused) * c.prefusion_layers
     patches = shape.images * c.tiles * (c.vision.grid**2 + 1) * (c.vision.num_layers - 1)

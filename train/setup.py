@@ -120,7 +120,7 @@ def prepare(config: TrainConfig) -> Setup:
     shape = (config.data.batch_size,)
     places = sharding.array_sharding(setup.mesh, shape, "batch").addressable_devices_indices_map(shape).values()
     rows = np.unique(np.concatenate([np.arange(config.data.batch_size)[place] for place in places]))
-    options = xla.known(setup.options, c.xla_flags)
+    options = xla.known(setup.options, c.xla_flags, mesh)
     return dataclasses.replace(setup, options=options, tokenizer=Tokenizer.load(tokenizer_folder(config.start)), rows=rows)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lmm_jax import sharding
 from lmm_jax.errors import UserError
@@ -54,24 +54,25 @@ def options(mesh: Mesh, more: Sequence[str] = ()) -> dict[str, Any]:
     return {name: truth.get(value.lower(), value) for name, value in flags.items() if value}
 
 
-def known(flags: dict[str, Any], own: Sequence[str]) -> dict[str, Any]:
-    """The options that the compiler here knows; a platform's flag that it does not know is left out, and logged.
+def known(flags: dict[str, Any], own: Sequence[str], mesh: Mesh) -> dict[str, Any]:
+    """The options that the compiler knows; a platform's flag that it does not know is left out, and logged.
 
     Args:
       flags: from `options`.
       own: as its argument `more`; none of these is left out.
+      mesh: of devices that are here or of a topology.
 
     Raises:
       UserError: the compiler refuses one of `own`.
     """
-    kept = {}
+    kept, number = {}, jax.ShapeDtypeStruct((), "float32", sharding=NamedSharding(mesh, PartitionSpec()))
     for name, value in flags.items():
         try:
-            jax.jit(lambda x: x, compiler_options={name: value}).lower(0.0).compile()
+            jax.jit(lambda x: x, compiler_options={name: value}).lower(number).compile()
         except jax.errors.JaxRuntimeError as error:
             if any(flag.removeprefix("--").startswith(f"{name}=") for flag in own):
                 raise UserError(f"the compiler refuses {name}={value} of compute.xla_flags: {_first(error)}") from error
-            logger.warning("the compiler here does not take %s=%s: left out", name, value)
+            logger.warning("the compiler does not take %s=%s: left out", name, value)
         else:
             kept[name] = value
     return kept

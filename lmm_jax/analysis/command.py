@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from lmm_jax import storage
 from lmm_jax.analysis.flops import PUBLISHED_TEXT
 from lmm_jax.config import TEMPLATES, ModelConfig, named_sizes
 from lmm_jax.demo import MODEL
@@ -68,11 +69,11 @@ def _config(model: str) -> tuple[str, ModelConfig]:
     """A named size's, or a model folder's."""
     if model in named_sizes():
         return model, named_sizes()[model]
-    if not Path(model).is_dir():
+    if not storage.is_remote(model) and not Path(model).is_dir():
         raise UserError(f"{model} is neither a model folder nor a size with a name: {', '.join(named_sizes())}")
     from lmm_jax.checkpoint import read_config
 
-    return Path(model).name, read_config(Path(model))
+    return Path(model).name, read_config(model)
 
 
 def _write(file: Path, text: str) -> None:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lmm_jax import sharding
 from lmm_jax.config import ModelConfig
 from lmm_jax.errors import UserError
 from lmm_jax.inference.engine import Engine, Request
@@ -87,7 +88,7 @@ def rehearse(
     Raises:
       TooLargeError: a program does not fit into the memory of the devices.
     """
-    held = _Held()
+    held = _Held(sharding.platform(mesh))
     params = abstract_params(config, mesh, dtype)
     if quantize:
         paths = iter(leaf_paths(params))
@@ -140,7 +141,8 @@ def compile_for(lowered: jax.stages.Lowered, options: Mapping[str, str] | None =
 class _Held:
     """Bytes of a device that are taken."""
 
-    bytes = 0
+    def __init__(self, platform: str) -> None:
+        self.platform, self.bytes = platform, 0
 
 
 class _Array:
@@ -191,7 +193,9 @@ class _Rehearsed:
         lowered = self._jitted.lower(*args)
         compiled = compile_for(lowered)
         memory = compiled.memory_analysis()
-        program = Program(self._name, 0, memory.temp_size_in_bytes, 0, compiled.as_text())
+        new = beside_arguments(memory, self._held.platform)
+        temporaries = new - memory.output_size_in_bytes + memory.alias_size_in_bytes
+        program = Program(self._name, 0, temporaries, 0, compiled.as_text())
         self._programs.append(program)
         results = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -199,13 +203,23 @@ class _Rehearsed:
             compiled.output_shardings,
         )
         donated = [info.donated for info in jax.tree.leaves(lowered.args_info)]
-        return program, results, donated, memory.output_size_in_bytes - memory.alias_size_in_bytes + program.temporaries
+        return program, results, donated, new
 
 
 def _abstract(x: Any) -> Any:
     if isinstance(x, _Array):
         return x.abstract
     return jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, (np.ndarray, np.generic)) else x
+
+
+def beside_arguments(memory: Any, platform: str) -> int:
+    """Bytes of results and temporaries that are alive at once, from `jax.stages.Compiled.memory_analysis`.
+
+    libtpu's sum of temporaries counts some room more than once; what it calls the peak holds the arguments, too.
+    """
+    if platform == "tpu" and memory.peak_memory_in_bytes:
+        return max(0, memory.peak_memory_in_bytes - memory.argument_size_in_bytes)
+    return memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
 
 
 def device_bytes(x: jax.ShapeDtypeStruct) -> int:

@@ -27,6 +27,7 @@ from runs import (
 from lmm_jax import checkpoint, storage
 from lmm_jax.errors import UserError
 from train.config import SourceConfig
+from train.export import check_folder
 from train.loop import train
 
 BUCKET = "gs://bucket"
@@ -53,6 +54,8 @@ def bucket(tmp_path_factory):
                 break
             except OSError:
                 time.sleep(0.1)
+        else:
+            pytest.fail("the server does not answer")
         yield
     server.kill()
 
@@ -102,6 +105,7 @@ def test_a_run_in_a_bucket_is_that_on_the_disk(places, tmp_path):
     assert figures(other.folder) == {step: loss for step, loss in losses.items() if step in figures(other.folder)}
     assert len(losses) in figures(other.folder)
     assert figures(other.folder, "skipped")[len(losses)] == 1
+    assert '"picture missing", "detail": "gs://bucket/data/5.png"' in Path(other.folder, "skipped.0.jsonl").read_text()
 
     model = f"{BUCKET}/run/model"
     assert checkpoint.read_config(model) == checkpoint.read_config(Path(one.folder) / "model")
@@ -131,9 +135,15 @@ def test_a_model_is_written_whole(places, tmp_path):
 
     with pytest.raises(Broken):
         checkpoint.write_model(name, config, leaves, progress=fail)
+    with pytest.raises(UserError, match="there is no folder"):
+        checkpoint.read_config(name)
+    storage.as_path(f"{name}/.growing").write_text("")  # as of one that was killed while it copied
+    storage.as_path(f"{name}/params/some").write_text("")
+    check_folder(storage.as_path(name))
     with pytest.raises(UserError, match="no model folder"):
         checkpoint.read_config(name)
     checkpoint.write_model(name, config, leaves)  # what failed is replaced
+    assert not storage.exists(f"{name}/params/some") and not storage.exists(f"{name}/.growing")
     assert checkpoint.read_config(name) == config
     assert checkpoint.leaf_shapes(name) == checkpoint.leaf_shapes(start)
     with pytest.raises(UserError, match="exists already"):
@@ -141,7 +151,7 @@ def test_a_model_is_written_whole(places, tmp_path):
     checkpoint.write_model(name, config, leaves, overwrite=True)
 
 
-def test_what_is_not_there(bucket, tmp_path):
+def test_what_is_not_there(places, tmp_path):
     with pytest.raises(UserError, match=f"there is no folder {BUCKET}/nothing"):
         checkpoint.read_config(f"{BUCKET}/nothing")
     with pytest.raises(UserError, match="cannot be read"):
@@ -155,5 +165,5 @@ def test_what_a_bucket_takes(monkeypatch):
 
 
 def test_a_run_has_a_folder_on_the_disk():
-    with pytest.raises(UserError, match="folder is on this machine"):
+    with pytest.raises(UserError, match="folder and data.cache are on this machine"):
         run_of(f"{BUCKET}/run", "records.json", "start")

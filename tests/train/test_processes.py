@@ -73,28 +73,47 @@ def test_as_one_process(records, start, tmp_path, mesh):
 
 
 @pytest.mark.slow
-def test_one_of_four_is_killed(records, start, tmp_path):
-    """The others end by themselves; the job goes on with four processes, with two, and with one."""
-    mesh = "data=2,fsdp=2,tensor=2"
-    one, four = (run_of(tmp_path / name, records, start, mesh) for name in ("one", "four"))
-    assert train(one)
+def test_one_of_four_is_killed(whole, records, start, tmp_path):
+    """The others end by themselves, and the same command goes on."""
+    four = run_of(tmp_path / "four", records, start, whole.compute.mesh)
+    last = kill_one(four)
+    statuses, said = wait_all(four, launch_all(four, 4, 2))
+    assert not any(statuses), said
+    assert said.count(f"going on from step {last}") == 4, said
+    assert_close(whole, four)
 
+
+@pytest.mark.slow
+def test_fewer_processes_go_on(whole, records, start, tmp_path):
+    """No record of the epoch is left out or seen twice."""
+    four = run_of(tmp_path / "four", records, start, whole.compute.mesh)
+    last = kill_one(four)
+    shutil.copytree(four.folder, tmp_path / "alone")
+    for name, processes in (("four", 2), ("alone", 1)):
+        again = run_of(tmp_path / name, records, start, whole.compute.mesh)
+        statuses, said = wait_all(again, launch_all(again, processes, 8 // processes))
+        assert not any(statuses), said
+        assert said.count(f"going on from step {last}") == processes, said
+        assert_close(whole, again)
+
+
+@pytest.fixture(scope="module")
+def whole(records, start, tmp_path_factory):
+    """A run of one process that nobody disturbs."""
+    config = run_of(tmp_path_factory.mktemp("whole") / "run", records, start, "data=2,fsdp=2,tensor=2")
+    assert train(config)
+    return config
+
+
+def kill_one(four):
+    """Kills one of four processes once there is a checkpoint; the step of the last one."""
     processes = launch_all(four, 4, 2)
     until(lambda: saved(four.folder), processes[0])
     processes[random.randrange(4)].kill()
     statuses, said = wait_all(four, processes)
     assert all(statuses), (statuses, said)
     assert not Path(four.folder, "model").exists()
-    last = saved(four.folder)[-1]
-    for name in ("two", "alone"):
-        shutil.copytree(four.folder, tmp_path / name)
-
-    for name, processes, devices in (("four", 4, 2), ("two", 2, 4), ("alone", 1, 8)):
-        again = run_of(tmp_path / name, records, start, mesh)
-        statuses, said = wait_all(again, launch_all(again, processes, devices))
-        assert not any(statuses), said
-        assert said.count(f"going on from step {last}") == processes, said
-        assert_close(one, again)
+    return saved(four.folder)[-1]
 
 
 def assert_close(one, other):

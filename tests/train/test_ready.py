@@ -37,6 +37,8 @@ def config_of(run: str) -> TrainConfig:
 def test_published_runs_are_there():
     published = {f.stem for f in CONFIGS.glob("*.py") if not f.stem.startswith(("demo", "common", "__"))}
     assert set(SETTINGS) == published
+    fits = {f"{chip}-64" for chip in ("v5e", "v6e", "a100", "h100")} | {"v5p-128", "v5e-256", "v6e-256", "a100-8", "h100-8"}
+    assert all(set(known) == fits for known in SETTINGS.values())
 
 
 @pytest.mark.parametrize("run,topology", EACH, ids="-".join)
@@ -120,6 +122,8 @@ def test_work_is_what_was_found(run):
     work = works[compiled["remat"]].in_parts(compiled["accumulation"])
     assert dataclasses.asdict(shape) == compiled["batch"]
     assert compiled["flops"] == {"model": work.model_flops, "executed": work.executed_flops}
+    sizes = sharding.mesh_sizes(compiled["mesh"])
+    assert compiled["memory"]["activations"] == work.kept_bytes / sizes["data"] / sizes["fsdp"]
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="pip install 'lmm-jax[tpu-aot]'")

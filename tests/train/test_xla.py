@@ -36,11 +36,12 @@ def test_what_is_no_flag(flag):
 
 
 def test_a_flag_that_is_not_known_here(caplog):
+    here = sharding.make_mesh("fsdp=8")
     given = {"xla_cpu_enable_fast_math": False, UNKNOWN: True}
     with caplog.at_level(logging.WARNING):
-        assert xla.known(given, ()) == {"xla_cpu_enable_fast_math": False}
+        assert xla.known(given, (), here) == {"xla_cpu_enable_fast_math": False}
     assert f"does not take {UNKNOWN}=True: left out" in caplog.text
     with pytest.raises(UserError, match=f"the compiler refuses {UNKNOWN}=True of compute.xla_flags: .*No such"):
-        xla.known(given, (f"{UNKNOWN}=true",))
+        xla.known(given, (f"{UNKNOWN}=true",), here)
     with pytest.raises(UserError, match="the compiler refuses xla_cpu_enable_fast_math=often"):
-        xla.known({"xla_cpu_enable_fast_math": "often"}, ("--xla_cpu_enable_fast_math=often",))
+        xla.known({"xla_cpu_enable_fast_math": "often"}, ("--xla_cpu_enable_fast_math=often",), here)
