@@ -111,7 +111,7 @@ def scaling() -> dict[str, Any]:
     """One run on more and more chips; TPUs beyond a pod are several pods, which a network joins."""
     found: dict[str, Any] = {}
     print(f"\n## {SCALED} on 8 to 1,024 chips\n")
-    heads("chip", "devices", *HOW, *BOUND)
+    heads("chip", "devices", *HOW, *BOUND, "share of exchange")
     for name in ("v5e", "v5p", "v6e", "h100"):
         for devices in SIZES:
             chip = hardware.CHIPS[name]
@@ -119,7 +119,8 @@ def scaling() -> dict[str, Any]:
                 chip = hardware.with_links(chip, chip.shapes[devices])
             f = row(best(SCALED, chip, devices))
             found[f"{name} {devices}"] = f
-            print(f"| {name} | {devices} | {how(f)} | {told(f)} |", flush=True)
+            share = f["bound"]["exchange"] / f["bound"]["step"]
+            print(f"| {name} | {devices} | {how(f)} | {told(f)} | {share:.0%} |", flush=True)
     return found
 
 
