@@ -103,7 +103,8 @@ def run(
         if compiled.fits:
             break
         said = f"{_how(chosen)} does not fit, attempt {attempt + 1} of {tries}"
-        print(f"\n{said}: {compiled.peak / 1e9:.1f} GB", flush=True)
+        needs = f": it takes {compiled.peak / 1e9:.1f} GB or more" if math.isfinite(compiled.peak) else ""
+        print(f"\n{said}{needs}", flush=True)
         left = [c for c in left if c.bytes < chosen.bytes * (min(1.0, chip.memory / compiled.peak) or 1.0)]
     figures = _figures(chip, devices, works[chosen.remat].in_parts(chosen.accumulation), chosen, compiled)
     print("\n" + _told(chip, chosen, compiled, figures))

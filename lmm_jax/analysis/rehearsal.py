@@ -112,7 +112,7 @@ class TooLargeError(UserError):
     """A program needs more memory than its devices have.
 
     Attributes:
-      needed: bytes of one device; None where the compiler does not tell.
+      needed: bytes of one device, at least; None where the compiler does not tell.
     """
 
     def __init__(self, needed: float | None) -> None:
@@ -134,8 +134,10 @@ def compile_for(lowered: jax.stages.Lowered, options: Mapping[str, str] | None =
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise UserError(f"the compiler refuses the program: {str(error).splitlines()[0]}") from error
-        used = re.search(r"Used ([\d.]+)([KMGT]) of \S+ hbm", str(error))
-        raise TooLargeError(float(used[1]) * 2 ** (10 * ("KMGT".index(used[2]) + 1)) if used else None) from error
+        said = r"Used ([\d.]+)([KMGT]) of \S+ hbm|HLO temporaries \(([\d.]+)([KMGT])\)"  # all; or temporaries alone
+        used = re.search(said, str(error))
+        number, unit = [part for part in used.groups() if part] if used else ("", "")
+        raise TooLargeError(float(number) * 2 ** (10 * ("KMGT".index(unit) + 1)) if used else None) from error
 
 
 class _Held:

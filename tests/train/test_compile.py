@@ -126,6 +126,7 @@ def test_the_next_smaller_one_is_tried(config, capsys, monkeypatch, words):
     "message,expected",
     [
         ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.25G of 15.75G hbm.", 17.25 * 2**30),
+        ("RESOURCE_EXHAUSTED: … memory required for HLO temporaries (25.23G) exceeds available HBM (15.75G).", 25.23 * 2**30),
         ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 32.42M of 16.00M vmem.", None),
     ],
 )
