@@ -341,6 +341,7 @@ def _bucket_folder(folder: Path | str, overwrite: bool) -> Iterator[Path]:
         yield growing
         with storage.reaching(folder):
             mark.write_text("")
+            (folder / CONFIG_FILE).unlink(missing_ok=True)  # first: what is left of a model is none
             storage.remove(folder, but=(_MARK,))
             storage.copy(growing, folder, last=CONFIG_FILE)
             mark.unlink()

@@ -28,12 +28,20 @@ def on(topology: str, config: TrainConfig, file: Path) -> TrainConfig:
     """The run of a configuration's file as it is computed on a topology.
 
     Raises:
-      UserError: nothing is known of that file on that topology.
+      UserError: nothing is known of that file on that topology; the settings cannot be read.
     """
     found = file.with_name(FILE)
-    known = json.loads(found.read_text("utf-8")) if found.is_file() else {}
+    try:
+        known = json.loads(found.read_text("utf-8")) if found.is_file() else {}
+    except ValueError as error:
+        raise UserError(
+            f"{found} is not JSON ({error}): write it again with benchmarks/scale.py, or leave out --on"
+        ) from error
     if file.stem not in known:
         raise UserError(f"--on has no settings for {file}, only for {', '.join(known) or f'what {found} lists'}: leave it out")
     if topology not in known[file.stem]:
         raise UserError(f"--on has no settings for {file.stem} on {topology!r}: choose one of {', '.join(known[file.stem])}")
-    return computed(config, **known[file.stem][topology])
+    try:
+        return computed(config, **known[file.stem][topology])
+    except TypeError as error:
+        raise UserError(f"{found} is not understood ({error}): a setting has mesh, remat and accumulation") from error

@@ -69,6 +69,10 @@ def test_what_is_not_known(tmp_path):
         ready.on("v5e-4", config, file)
     with pytest.raises(UserError, match="no settings for .*mine.py"):
         ready.on("v5e-64", config, tmp_path / "mine.py")
+    for text, message in (("{", "is not JSON"), ('{"mine": {"v5e-64": {"meshes": ""}}}', "a setting has mesh, remat")):
+        (tmp_path / ready.FILE).write_text(text)
+        with pytest.raises(UserError, match=message):
+            ready.on("v5e-64", config, tmp_path / "mine.py")
 
 
 def planned(run, topology):
