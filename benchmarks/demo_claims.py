@@ -57,7 +57,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=800, help="of each arm (800)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of data order and new weights (0)")
-    parser.add_argument("--only", nargs="+", default=[], help="arms whose names hold one of these words")
+    parser.add_argument("--only", nargs="+", default=[], help="arms of these names, or whose names hold one of these words")
     parser.add_argument("--images", type=int, default=1000, help="fresh pictures to measure with (1000)")
     args = parser.parse_args()
     draw()
@@ -69,7 +69,7 @@ def main() -> int:
     done = {(a["arm"], a["seed"], a["steps"]) for a in found["arms"]}
     for seed in args.seeds:
         for name, changes in ARMS.items():
-            if (name, seed, args.steps) in done or (args.only and not any(word in name for word in args.only)):
+            if (name, seed, args.steps) in done or not wanted(name, args.only):
                 continue
             config, start = arm(name, changes, seed, args.steps), time.monotonic()
             if not train(config):
@@ -81,6 +81,11 @@ def main() -> int:
     print(table(found["arms"]))
     plot(found["arms"])
     return 0
+
+
+def wanted(name: str, only: list[str]) -> bool:
+    """Whether an arm is to be run; a whole name means that arm alone, though others' names begin with it."""
+    return not only or any(word == name if word in ARMS else word in name for word in only)
 
 
 def draw() -> None:

@@ -85,6 +85,15 @@ def _parser(evaluation: bool) -> argparse.ArgumentParser:
     _model_options(chat)
     chat.set_defaults(run=_chat)
 
+    serve = commands.add_parser(
+        "serve", help="answer over HTTP", description="An API that OpenAI's clients speak, and a page to ask on."
+    )
+    from lmm_jax.serve.command import add_options
+
+    add_options(serve)
+    _load_options(serve)
+    serve.set_defaults(run=_serve)
+
     from lmm_jax.analysis.command import add_parsers
 
     add_parsers(commands)
@@ -97,7 +106,7 @@ def _parser(evaluation: bool) -> argparse.ArgumentParser:
     return parser
 
 
-def _model_options(parser: argparse.ArgumentParser) -> None:
+def _load_options(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("--model", metavar="DIR", help="a model folder, made by python -m conversion from-hf (the demo model)")
     model.add_argument("--mesh", metavar="SIZES", help="devices to use, as data=1,fsdp=8,tensor=1 (one device)")
@@ -105,6 +114,10 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--quantize", choices=QUANTIZATIONS, help="keep the decoder's weights in so many bits (no)")
     model.add_argument("--kv-cache", choices=KV_CACHES, help="keep the decoder's keys and values so (as computed)")
     model.add_argument("--template", choices=TEMPLATES, help="prompt template (the model's own)")
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    _load_options(parser)
     answer = parser.add_argument_group("answer")
     answer.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (512)")
     answer.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (0)")
@@ -117,6 +130,12 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed")}
 
 
+def _serve(args: argparse.Namespace) -> None:
+    from lmm_jax.serve.command import serve
+
+    serve(args, lambda: _loaded(args))
+
+
 def _load(args: argparse.Namespace) -> Assistant:
     if args.model is None:
         warnings.warn("without --model DIR the demo model answers, which knows coloured shapes only", stacklevel=2)
@@ -127,10 +146,15 @@ def _load(args: argparse.Namespace) -> Assistant:
         if file and not (kind == "video" and os.path.isdir(file)):  # a folder of frames
             existing_file(file, kind)
 
-    from lmm_jax import load
     from lmm_jax.inference.sampling import Sampling
 
     Sampling(**_sampling(args))
+    return _loaded(args)
+
+
+def _loaded(args: argparse.Namespace) -> Assistant:
+    from lmm_jax import load
+
     return load(args.model, mesh=args.mesh, dtype=args.dtype, quantize=args.quantize, kv_cache=args.kv_cache)
 
 

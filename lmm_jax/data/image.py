@@ -45,23 +45,24 @@ _UPRIGHT = {  # EXIF orientation -> what puts the picture upright
 _warning_filters = threading.Lock()
 
 
-def load_image(source: str | os.PathLike | bytes | Image.Image, *, upright: bool) -> Image.Image:
+def load_image(source: str | os.PathLike | bytes | Image.Image, *, upright: bool, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Reads and fully decodes one picture as RGB; an alpha channel is dropped.
 
     Args:
       source: a path, the content of a picture file, or a Pillow image.
       upright: whether to turn the picture as its EXIF orientation says.
+      max_pixels: that are read, at most.
 
     Raises:
       UserError: the file is missing, a directory, empty, cut short, broken or no picture; the picture has more than
-        `MAX_PIXELS` pixels or one edge is more than `MAX_ASPECT` times the other.
+        `max_pixels` pixels or one edge is more than `MAX_ASPECT` times the other.
     """
     name = os.fsdecode(source) if isinstance(source, str | os.PathLike) else "the given picture"
     try:
         if isinstance(source, Image.Image):
-            return _decode(source, name, upright)
+            return _decode(source, name, upright, max_pixels)
         with _file(source, name) as file:
-            return _decode(_open(file), name, upright)
+            return _decode(_open(file), name, upright, max_pixels)
     except UserError:
         raise
     except UnidentifiedImageError as error:
@@ -157,12 +158,12 @@ def _no_bomb_warning() -> Iterator[None]:
         yield
 
 
-def _decode(image: Image.Image, name: str, upright: bool) -> Image.Image:
-    _check_size(image.size, name)
+def _decode(image: Image.Image, name: str, upright: bool, max_pixels: int) -> Image.Image:
+    _check_size(image.size, name, max_pixels)
     # only the TIFF reader warns again while it decodes; the others can decode in several threads at once
     with _no_bomb_warning() if image.format == "TIFF" else contextlib.nullcontext():
         image.load()
-    _check_size(image.size, name)  # some readers learn the true size only now
+    _check_size(image.size, name, max_pixels)  # some readers learn the true size only now
     turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation)) if upright else None
     if isinstance(image.info.get("transparency"), bytes):
         image = image.convert("RGBA")  # straight to RGB gives the same colours and a warning that alpha is lost
@@ -171,10 +172,10 @@ def _decode(image: Image.Image, name: str, upright: bool) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _check_size(size: tuple[int, int], name: str) -> None:
+def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
     width, height = size
-    if min(size) < 1 or width * height > MAX_PIXELS:
-        raise UserError(f"{name} is {width}x{height} pixels; between 1 and {MAX_PIXELS:,} pixels are read.")
+    if min(size) < 1 or width * height > max_pixels:
+        raise UserError(f"{name} is {width}x{height} pixels; between 1 and {max_pixels:,} pixels are read.")
     if max(size) > MAX_ASPECT * min(size):
         raise UserError(
             f"{name} is {width}x{height} pixels; one edge may be at most {MAX_ASPECT} times as long as the other. Crop it."

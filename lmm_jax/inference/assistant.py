@@ -205,18 +205,18 @@ class Assistant:
 
         Give many at a time: those of like length share a batch, and a picture of several is encoded once.
         """
-        settings, stop = _sampling(sampling), self._stop_ids(template)
+        settings, stop = _sampling(sampling), self.stop_ids(template)
         with contextlib.ExitStack() as stack:
-            requests = [self._request(c, template, settings, stack) for c in conversations]
+            requests = [self.request(c, template, settings, stack) for c in conversations]
             for i, ids in self.engine.as_completed(requests, stop, batch_size):
                 yield i, self._answer(ids, stop)
 
     def stream_answer(self, conversation: Conversation, *, template: str | None = None, **sampling: Any) -> Iterator[str]:
         """The answer to a conversation that ends with a question, in pieces; their sum, stripped, is the answer's text."""
-        settings, stop = _sampling(sampling), self._stop_ids(template)
+        settings, stop = _sampling(sampling), self.stop_ids(template)
         decoder, blank = StreamDecoder(self.tokenizer), True
         with contextlib.ExitStack() as stack:
-            request = self._request(conversation, template, settings, stack)
+            request = self.request(conversation, template, settings, stack)
             for token in self.engine.stream(request, stop):
                 piece = decoder.push(token) if token not in stop else decoder.flush()
                 piece = piece.lstrip() if blank else piece
@@ -225,6 +225,20 @@ class Assistant:
                     yield piece
         if rest := decoder.flush():
             yield rest
+
+    # ---- what the engine takes --------------------------------------------------------------------------------------
+
+    def stop_ids(self, template: str | None) -> tuple[int, ...]:
+        """Token ids that end an answer."""
+        return stop_token_ids(self.tokenizer, template or self.config.template, self.config.eos_token_ids)
+
+    def request(
+        self, conversation: Conversation, template: str | None, sampling: Sampling, stack: contextlib.ExitStack
+    ) -> Request:
+        """A conversation that ends with a question, for the engine; `stack` closes its videos."""
+        spans = render(conversation.messages, template or self.config.template, self.tokenizer, generate=True)
+        ids, _ = self.tokenizer.encode(spans)
+        return Request(ids, [self._open(m, stack) for m in conversation.media], sampling)
 
     # ---- numbers to check against other implementations -----------------------------------------------------------
 
@@ -280,16 +294,6 @@ class Assistant:
         return out
 
     # ---- inside ---------------------------------------------------------------------------------------------------
-
-    def _stop_ids(self, template: str | None) -> tuple[int, ...]:
-        return stop_token_ids(self.tokenizer, template or self.config.template, self.config.eos_token_ids)
-
-    def _request(
-        self, conversation: Conversation, template: str | None, sampling: Sampling, stack: contextlib.ExitStack
-    ) -> Request:
-        spans = render(conversation.messages, template or self.config.template, self.tokenizer, generate=True)
-        ids, _ = self.tokenizer.encode(spans)
-        return Request(ids, [self._open(m, stack) for m in conversation.media], sampling)
 
     def _open(self, medium: np.ndarray | Video | Frames, stack: contextlib.ExitStack) -> Medium:
         if not isinstance(medium, Video):

@@ -133,7 +133,7 @@ class Engine:
                         yield i, tokens
                 except jax.errors.JaxRuntimeError as error:  # the cache is lost with the program that it was given to
                     if left.rows <= 1 or not _exhausted(error):
-                        raise _failed(error) from error
+                        raise failed(error) from error
                     left = dataclasses.replace(left, rows=left.rows // 2)
                 left = dataclasses.replace(left, members=[i for i in left.members if i not in done])
 
@@ -157,7 +157,7 @@ class Engine:
                     slots.advance(steps)
                     steps = min(2 * steps, STREAM_STEPS)
         except jax.errors.JaxRuntimeError as error:
-            raise _failed(error) from error
+            raise failed(error) from error
 
     def logits(self, rows: Sequence[Row], media: Sequence[Sequence[Medium]]) -> tuple[np.ndarray, Layout]:
         """Next-token logits at every position of every row: (B,T,vocab) float32, with the layout that says what T holds."""
@@ -202,6 +202,17 @@ class Engine:
             x = self._place_text(self.params, layout.ids, total, images, layout.fused_index)
             return (x if tokens is None else self._place_vision(x, tokens, layout.vision_index)), layout
 
+    def measure(self, request: Request) -> tuple[int, int]:
+        """Positions that a request's prompt takes, and new tokens at most; raises UserError where there is no room for one."""
+        length = self._check(request.row(), new=1)
+        return length, self._limit(request, length)
+
+    @property
+    def positions(self) -> int:
+        """Of all rows of one cache, at most."""
+        each = position_bytes(self.config.decoder, self.programs.cache_dtype)
+        return self._multiple * min(MAX_POSITIONS, CACHE_BYTES // each)
+
     # ---- host side of the programs --------------------------------------------------------------------------------
 
     def _check(self, row: Row, new: int = 0) -> int:
@@ -217,11 +228,8 @@ class Engine:
 
     def _groups(self, requests: Sequence[Request], most: int) -> list[_Group]:
         """Requests whose prompts and answers are of like length, `most` of which generate at once if there is memory."""
-        prompts = [self._check(r.row(), new=1) for r in requests]
-        limits = [self._limit(r, n) for r, n in zip(requests, prompts)]
+        prompts, limits = zip(*[self.measure(r) for r in requests]) if requests else ((), ())
         sizes = [length_bucket(length_bucket(n) + length_bucket(limit)) for n, limit in zip(prompts, limits)]
-        each = position_bytes(self.config.decoder, self.programs.cache_dtype)
-        room = self._multiple * min(MAX_POSITIONS, CACHE_BYTES // each)
         groups: list[list[int]] = []
         for i in sorted(range(len(requests)), key=lambda i: sizes[i]):
             if not groups or (sizes[i] > 4 * sizes[groups[-1][0]] and len(groups[-1]) >= most):
@@ -232,7 +240,7 @@ class Engine:
             members.sort(key=lambda i: (-length_bucket(limits[i]), prompts[i]))  # who takes long begins early
             length = max(sizes[i] for i in members)
             rows = min(most, len(members))
-            while rows > 1 and self.programs.size(rows) * length > room:
+            while rows > 1 and self.programs.size(rows) * length > self.positions:
                 rows //= 2
             found.append(_Group(members, rows, length, length_bucket(max(limits[i] for i in members))))
         return found
@@ -298,7 +306,8 @@ def _exhausted(error: jax.errors.JaxRuntimeError) -> bool:
     return "RESOURCE_EXHAUSTED" in str(error)
 
 
-def _failed(error: jax.errors.JaxRuntimeError) -> UserError:
+def failed(error: jax.errors.JaxRuntimeError) -> UserError:
+    """What the user is told when the device failed or its memory is too small."""
     line = str(error).splitlines()[0]
     if _exhausted(error):
         return UserError(

@@ -41,6 +41,7 @@ class ImageSide:
     """Encodes and fuses the images of a batch.
 
     Attributes:
+      chunk: images that are fused together, at most; what has more is taken in several steps.
       at_once: images that go through the encoder together, at most.
       prefixes: of pictures that may be asked about again.
     """
@@ -57,7 +58,7 @@ class ImageSide:
         processor = platform(mesh) == "cpu"
         room = PROCESSOR_CHUNK_BYTES if processor else CHUNK_BYTES
         each = min(CHUNK // self._multiple, room // self.prefix_bytes)  # images of a device
-        self._chunk = self._multiple * _power_below(each)
+        self.chunk = self._multiple * _power_below(each)
         at_once = min(each, CACHE_BYTES // self._score_bytes) if processor else each
         self.at_once = self._multiple * _power_below(at_once)
         self.prefixes = PrefixCache(cache_bytes)
@@ -88,7 +89,7 @@ class ImageSide:
         if c.prefusion_layers:
             total = self._zeros((*layout.fused_ids.shape, c.decoder.hidden_size), jnp.float32, "batch")
         in_flight: collections.deque[jax.Array] = collections.deque()
-        for number, chunk in enumerate(_chunks(_flow(media, counts, self.kept), self._chunk)):
+        for number, chunk in enumerate(_chunks(_flow(media, counts, self.kept), self.chunk)):
             if number:
                 between()
             size = m * power_of_two(-(-len(chunk) // m))  # of the last one: as few as there are
@@ -98,7 +99,7 @@ class ImageSide:
             if c.prefusion_layers:
                 ids = layout.fused_ids[np.minimum(rows, len(layout.ids) - 1)]
                 total = self._fuse(params, total, ids, rows, prefix)
-            tokens = self._put(tokens, prefix.tokens, np.int32(number * self._chunk))
+            tokens = self._put(tokens, prefix.tokens, np.int32(number * self.chunk))
             in_flight.append(prefix.tokens)
             if len(in_flight) > 2:  # do not run ahead of the device: pixels of a whole video would pile up
                 in_flight.popleft().block_until_ready()

@@ -3,7 +3,8 @@
     decoder input ─ prefill ─► keys, values, first token ─ insert ─► slots ─ decode … decode ─► tokens of finished rows
 
 Three jitted programs. A finished row's slot is free at once, so short and long answers share the device without waiting for
-each other. The cache is donated from program to program and lies in memory once.
+each other. The cache is donated from program to program and lies in memory once; only while it is made larger or smaller
+(move) there are two.
 
 Axis letters: B slots, R rows that enter, T positions of a prompt, S positions of a slot, M new tokens, D width, L layers,
 K key/value heads, H their channels.
@@ -12,7 +13,7 @@ K key/value heads, H their channels.
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -64,6 +65,8 @@ class Programs:
         self.prefill = jax.jit(self._prefill)
         self.insert = jax.jit(self._insert, donate_argnums=0)
         self.decode = jax.jit(self._decode, donate_argnums=1)
+        self.move = jax.jit(self._move, static_argnums=(2, 3))
+        self.end = jax.jit(self._end, donate_argnums=0)
 
     def size(self, rows: int) -> int:
         """Rows rounded up to a power of two for each part of the mesh that takes some."""
@@ -169,6 +172,32 @@ class Programs:
 
         return _spread(jax.lax.while_loop(more, one, (jnp.int32(0), state))[1])
 
+    def _move(self, state: State, source: jax.Array, length: int, room: int) -> State:
+        """Slots of another size: slot b takes what `source` (B′,) says, or nothing and is free where that is past the last."""
+        empty = self._empty(source.shape[0], length, room)
+
+        def rows(new: jax.Array, old: jax.Array, axis: int = 0) -> jax.Array:
+            moved = jnp.take(old, source, axis, mode="fill", fill_value=0)
+            common = tuple(slice(min(a, b)) for a, b in zip(new.shape, moved.shape))
+            return jnp.zeros_like(new).at[common].set(moved[common])
+
+        def cached(name: str) -> Cache:
+            axes = kv_cache.STACK_AXES if name == "stack" else kv_cache.LAST_AXES
+
+            def leaf(new: jax.Array, old: jax.Array) -> jax.Array:
+                return constrain(rows(new, old, axes.index("batch")), *axes[: new.ndim])
+
+            return jax.tree.map(leaf, empty.cache[name], state.cache[name])
+
+        cache = {name: cached(name) for name in empty.cache}
+        there = source < state.done.shape[0]
+        moved = jax.tree.map(rows, empty.replace(cache=None), state.replace(cache=None))
+        return _spread(moved.replace(cache=cache, done=moved.done | ~there))
+
+    def _end(self, state: State, left: jax.Array) -> State:
+        """Rows that are not wanted any more, `left` (B,) bool, are done."""
+        return _spread(state.replace(done=state.done | left))
+
 
 class Slots:
     """The slots of one cache and who is in them."""
@@ -247,6 +276,27 @@ class Slots:
         """What each row has generated so far. Waits for the device."""
         tokens, count = np.asarray(self._state.tokens), np.asarray(self._state.count)
         return {key: tokens[slot, : count[slot]].tolist() for slot, key in self._held.items()}
+
+    def drop(self, keys: Collection[Hashable]) -> None:
+        """These rows' slots are free from now on, finished or not."""
+        left = np.zeros(self._size, bool)
+        left[[slot for slot, key in self._held.items() if key in keys]] = True
+        if left.any():
+            self._held = {slot: key for slot, key in self._held.items() if not left[slot]}
+            with jax.set_mesh(self._programs.mesh):
+                self._state = self._programs.end(self._state, left)
+
+    def resize(self, rows: int, length: int, room: int) -> None:
+        """Other sizes, as for `__init__`; rows that have a slot go on, so that the sizes must hold them."""
+        if len(self._held) > rows:
+            raise ValueError(f"{len(self._held)} rows have a slot, {rows} would not hold them")
+        size = self._programs.size(rows)
+        source = np.full(size, self._size, np.int32)
+        source[: len(self._held)] = list(self._held)
+        with jax.set_mesh(self._programs.mesh):
+            self._state = self._programs.move(self._state, source, length, room)
+        self._held = dict(enumerate(self._held.values()))
+        self._rows, self._size = rows, size
 
 
 def _spread(state: State) -> State:

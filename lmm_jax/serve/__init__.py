@@ -1,0 +1,1 @@
+"""Serving: an HTTP API that OpenAI's clients speak, and a page."""

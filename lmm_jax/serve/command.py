@@ -1,0 +1,101 @@
+"""`lmm serve`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lmm_jax.errors import UserError
+from lmm_jax.serve import limits
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from lmm_jax.inference.assistant import Assistant
+
+_KEY = "LMM_API_KEY"
+_LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those of the server; those of the model are the command line's own."""
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is all (127.0.0.1: this machine)")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes any that is free (8000)")
+    parser.add_argument("--name", help="of the model, as clients see it (its folder's)")
+    parser.add_argument("--api-key", metavar="KEY", help=f"that clients must send; better in the variable {_KEY} (none)")
+    parser.add_argument("--allow-remote", action="store_true", help="fetch pictures and videos from http(s) URLs (no)")
+    parser.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="name this server is reached by")
+    parser.add_argument("--no-page", action="store_true", help="serve the API alone")
+    parser.add_argument("--log-prompts", action="store_true", help="log questions and answers (no)")
+    parser.add_argument("--drain-seconds", type=float, default=30.0, metavar="N", help="to finish answers on SIGTERM (30)")
+    limits.add_options(parser)
+
+
+def serve(args: argparse.Namespace, load: Callable[[], Assistant]) -> None:
+    """Serves until it is told to stop (Ctrl-C, SIGTERM). Raises UserError where it cannot begin."""
+    most = limits.from_options(args)
+    if not 0 <= args.port < 65536:
+        raise UserError(f"--port is {args.port}: expected 0 to 65535")
+    if not args.drain_seconds >= 0:
+        raise UserError(f"--drain-seconds is {args.drain_seconds}: expected 0 or more")
+    key = args.api_key if args.api_key is not None else os.environ.get(_KEY)
+    if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key and key):
+        raise UserError("the API key must be of printable ASCII characters, without spaces at its ends, and not empty")
+    try:
+        import uvicorn  # noqa: F401
+
+        from lmm_jax.serve import app, service
+    except ImportError as error:
+        raise UserError(f"serving needs more packages ({error.name}): pip install 'lmm-jax[serve]'") from error
+    listening = _listen(args.host, args.port)
+    if args.host not in _LOCAL and key is None:
+        warnings.warn(f"anyone who reaches {args.host} can ask: set {_KEY} to let in only who knows it", stacklevel=2)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder is removed then, too
+    with listening, tempfile.TemporaryDirectory(prefix="lmm-serve-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = tempfile.tempdir = folder  # what frameworks write for themselves goes with it
+        assistant = load()
+        name = args.name or assistant.folder.name
+        settings = {"name": name, "template": args.template, "allows_remote": args.allow_remote}
+        served = service.Service(assistant, most, Path(folder), **settings)
+        application = app.create(served, api_key=key, logs_prompts=args.log_prompts, drain_seconds=args.drain_seconds)
+        _run(application, args, most, listening)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listening = socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"cannot listen on {host}:{port} ({error}): choose another --host or --port") from error
+    return listening
+
+
+def _run(application: FastAPI, args: argparse.Namespace, most: limits.Limits, listening: socket.socket) -> None:
+    import uvicorn
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    from lmm_jax.serve.guards import protocol
+
+    host, port = listening.getsockname()[:2]
+    if args.host in _LOCAL:  # a page from elsewhere must not reach this server by a name of its own (DNS rebinding)
+        application.add_middleware(TrustedHostMiddleware, allowed_hosts=[*_LOCAL, "[::1]", *args.allow_host])
+    config = uvicorn.Config(
+        application,
+        http=protocol(most),
+        ws="none",
+        log_level="info",
+        timeout_graceful_shutdown=max(1, round(args.drain_seconds)),
+        server_header=False,
+        h11_max_incomplete_event_size=64 * 1024,
+    )
+    server = uvicorn.Server(config)
+    print(f"listening on http://{'localhost' if host == '127.0.0.1' else host}:{port}", file=sys.stderr, flush=True)
+    server.run(sockets=[listening])

@@ -1,0 +1,143 @@
+"""Pictures and videos of strangers are decoded in processes of their own, which may crash, hang or be killed.
+
+Each worker has a limit of address space and a time for each file; one that passes it is killed and another takes its place.
+What comes back is pixels as the model takes them, of a video in a file, so that nothing here grows with its length.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import multiprocessing
+import os
+import resource
+import signal
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pebble import ProcessExpired, ProcessPool
+from PIL import Image
+
+from lmm_jax.config import ModelConfig
+from lmm_jax.data.image import load_image, preprocess
+from lmm_jax.data.video import stream_frames
+from lmm_jax.errors import UserError
+from lmm_jax.serve.limits import Limits
+
+_TASKS = 500  # of a worker, before a fresh one takes its place: whatever a decoder leaks goes with it
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """How the model takes pictures, see `data.image.preprocess`."""
+
+    size: int
+    aspect_ratio: str
+    resolution_ratio: int
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> Shape:
+        """A model's."""
+        return cls(config.vision.image_size, config.image_aspect_ratio, config.resolution_ratio)
+
+    def pixels(self, picture: Image.Image) -> np.ndarray:
+        """(P,H,W,3) uint8."""
+        return preprocess(picture, size=self.size, aspect_ratio=self.aspect_ratio, resolution_ratio=self.resolution_ratio)
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """A part of a video, see `inference.assistant.Video`."""
+
+    fps: float = 1.0
+    start: float | None = None
+    end: float | None = None
+
+
+class Decoders:
+    """The worker processes."""
+
+    def __init__(self, config: ModelConfig, limits: Limits) -> None:
+        """Starts none yet: each begins with the first file that it is given."""
+        self._shape, self._limits = Shape.of(config), limits
+        self._pool = ProcessPool(
+            max_workers=limits.decoders,
+            max_tasks=_TASKS,
+            initializer=_confine,
+            initargs=(int(limits.decoder_mb * 1e6),),
+            context=multiprocessing.get_context("spawn"),
+        )
+
+    async def picture(self, source: Path) -> np.ndarray:
+        """Pixels (P,H,W,3) uint8. Raises UserError for what is no picture, is too large or takes too long."""
+        limits = self._limits
+        return await self._run("picture", limits.image_seconds, _picture, source, self._shape, limits.image_pixels)
+
+    async def video(self, source: Path, clip: Clip, frames: Path) -> list[np.ndarray]:
+        """Frames, each (P,H,W,3) uint8, which lie in the file `frames`. Raises UserError as `picture` does."""
+        limits = self._limits
+        shape = await self._run("video", limits.video_seconds, _video, source, clip, frames, self._shape, limits.frames)
+        return list(np.memmap(frames, np.uint8, "r", shape=shape))
+
+    async def start(self) -> None:
+        """Returns when a worker is ready."""
+        await self._run("picture", 60.0, _ready)
+
+    def close(self) -> None:
+        """Ends all workers, whatever they are at."""
+        self._pool.stop()
+        self._pool.join()
+
+    async def _run(self, kind: str, seconds: float, function: Callable[..., Any], *args: Any) -> Any:
+        future = self._pool.schedule(function, args=args, timeout=seconds)
+        try:
+            return await asyncio.wrap_future(future)
+        except TimeoutError:
+            raise UserError(f"the {kind} took longer than {seconds:g} seconds to decode: give a smaller one") from None
+        except ProcessExpired as error:
+            raise UserError(f"the {kind} cannot be read: its decoder crashed (status {error.exitcode})") from None
+        except MemoryError:
+            raise UserError(f"the {kind} takes too much memory to decode: give a smaller one") from None
+
+
+def _confine(address_space: int) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's
+    warnings.simplefilter("ignore")
+
+
+def _ready() -> None:
+    """Does nothing: that it runs says that the worker has imported all it needs."""
+
+
+def _picture(source: Path, shape: Shape, max_pixels: int) -> np.ndarray:
+    try:
+        return shape.pixels(load_image(source, upright=True, max_pixels=max_pixels))
+    except UserError as error:
+        raise _nameless(error, source, "the picture") from None
+
+
+def _video(source: Path, clip: Clip, frames: Path, shape: Shape, most: int) -> tuple[int, ...]:
+    """Writes the frames one behind the other; returns (F,P,H,W,3)."""
+    count, one = 0, ()
+    try:
+        with (
+            stream_frames(source, size=shape.size, fps=clip.fps, start=clip.start, end=clip.end, most=most) as stream,
+            open(frames, "wb") as file,
+        ):
+            for frame in stream:
+                pixels = shape.pixels(Image.fromarray(frame))
+                file.write(pixels.data)
+                count, one = count + 1, pixels.shape
+    except UserError as error:
+        raise _nameless(error, source, "the video") from None
+    return (count, *one)
+
+
+def _nameless(error: UserError, source: Path, name: str) -> UserError:
+    """The same, without a path of the server's disk."""
+    return UserError(str(error).replace(os.fspath(source), name))

@@ -1,0 +1,206 @@
+"""Questions in, answers out, piece by piece: what the API and the page share."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from lmm_jax.errors import UserError
+from lmm_jax.inference.assistant import Assistant, Conversation
+from lmm_jax.inference.engine import Request
+from lmm_jax.inference.live import Began, Event, Live, Tokens
+from lmm_jax.inference.sampling import Sampling
+from lmm_jax.serve.decoding import Decoders
+from lmm_jax.serve.errors import ApiError, as_api_error
+from lmm_jax.serve.fetching import is_public
+from lmm_jax.serve.files import FileStore
+from lmm_jax.serve.limits import Limits
+from lmm_jax.serve.media import MediaReader
+from lmm_jax.serve.metrics import Metrics
+from lmm_jax.serve.words import Words
+
+NEW_TOKENS = 1024  # where a client does not say how many
+_CHARACTERS = 64  # of a token at most, so that a text that is far too long is not tokenised
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """How a client wants its answers.
+
+    Attributes:
+      sampling: of the first answer; the others have the following seeds.
+      stops: texts that end an answer.
+      count: answers.
+      seconds: until the last token, from now.
+    """
+
+    sampling: Sampling
+    stops: Sequence[str] = ()
+    count: int = 1
+    seconds: float = 300.0
+
+
+class Reply:
+    """One answer as it comes.
+
+    Attributes:
+      finish_reason: "stop" or "length", once all pieces came.
+      tokens: generated.
+      waited, encode: seconds, see `live.Began`.
+      first_token, total: seconds since the request was made.
+    """
+
+    def __init__(self, words: Words, metrics: Metrics) -> None:
+        """Made by `Service.replies`, from inside an event loop."""
+        self._words, self._metrics, self._loop = words, metrics, asyncio.get_running_loop()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._start = time.monotonic()
+        self._has_ended = False
+        self.cancel: Callable[[], None] = lambda: None
+        self.finish_reason = "length"
+        self.tokens = 0
+        self.waited = self.encode = self.first_token = self.total = 0.0
+
+    def tell(self, event: Event) -> None:
+        """Takes an event from the engine's thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the server has stopped
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    async def pieces(self) -> AsyncIterator[str]:
+        """The text; who stops listening ends the answer. Raises ApiError."""
+        try:
+            while not self._words.is_stopped:
+                event = await self._events.get()
+                self.total = time.monotonic() - self._start
+                if isinstance(event, Began):
+                    self.waited, self.encode = event.waited, event.encode_seconds
+                elif isinstance(event, Tokens):
+                    self.first_token = self.first_token or self.total
+                    self.tokens += len(event.ids)
+                    if piece := self._words.push(event.ids):
+                        yield piece
+                elif event.error:
+                    raise as_api_error(event.error)
+                else:
+                    break
+            self.finish_reason = "stop" if self._words.is_stopped else "length"
+            if piece := self._words.flush():
+                yield piece
+            self._has_ended = True
+            self._metrics.first_token.observe(self.first_token)
+            self._metrics.answer.observe(self.total)
+        finally:
+            self.cancel()
+            self._metrics.tokens.inc(self.tokens)
+            if not self._has_ended:
+                self._metrics.cancelled.inc()
+
+
+class Service:
+    """A model and all that is around it.
+
+    Attributes:
+      name: of the model.
+      limits: of clients.
+      media: reads what clients send.
+      metrics: of this server.
+    """
+
+    def __init__(
+        self,
+        assistant: Assistant,
+        limits: Limits,
+        folder: Path,
+        *,
+        name: str,
+        template: str | None = None,
+        allows_remote: bool = False,
+        allows_address: Callable[[str], bool] = is_public,
+    ) -> None:
+        """Starts the engine's thread.
+
+        Args:
+          assistant: the model, which nobody else may use from now on.
+          limits: of clients.
+          folder: for what is on the disk meanwhile; there already, and emptied by whoever made it.
+          name: of the model, as clients see it.
+          template: of prompts; None is the model's own.
+          allows_remote: whether pictures and videos are fetched from other servers.
+          allows_address: from which, see `fetching.is_public`.
+
+        Raises:
+          UserError: the model has no tokenizer.
+        """
+        self.assistant, self.limits, self.name, self._template = assistant, limits, name, template
+        self.created = int(time.time())
+        self.metrics = Metrics()
+        self._stop_ids = assistant.stop_ids(template)
+        uploads, reading = folder / "uploads", folder / "reading"
+        uploads.mkdir()
+        reading.mkdir()
+        self.decoders = Decoders(assistant.config, limits)
+        store = FileStore(uploads, limits)
+        self.media = MediaReader(self.decoders, store, reading, limits, allows_remote, allows_address)
+        self.live = Live(assistant.engine, self._stop_ids, rows=limits.rows)
+        self._tokenizing = ThreadPoolExecutor(1, "tokenizer")  # one at a time: tokenizers are not made for several threads
+        self.metrics.running.set_function(lambda: self.live.running)
+        self.metrics.waiting.set_function(lambda: self.live.waiting)
+        self.metrics.files.set_function(lambda: len(store.all()))
+
+    async def prompt(self, conversation: Conversation) -> Request:
+        """What the engine takes. Raises UserError for a prompt that is too long or turns that are out of order."""
+        characters, most = sum(len(m.content) for m in conversation.messages), self.limits.prompt_tokens
+        if characters > _CHARACTERS * most:
+            raise _too_long(f"{characters} characters", most)
+        loop = asyncio.get_running_loop()
+        request = await loop.run_in_executor(
+            self._tokenizing,
+            lambda: self.assistant.request(conversation, self._template, Sampling(), contextlib.ExitStack()),
+        )
+        try:
+            length, _ = self.assistant.engine.measure(request)
+        except UserError as error:
+            raise ApiError(400, str(error), code="context_length_exceeded", param="messages") from error
+        if length > most:
+            raise _too_long(f"{length} positions", most)
+        return request
+
+    def length(self, prompt: Request) -> int:
+        """Positions of a prompt."""
+        return self.assistant.engine.measure(prompt)[0]
+
+    def replies(self, prompt: Request, wanted: Wanted) -> list[Reply]:
+        """Begins to answer. Raises UserError when the server is about to stop."""
+        replies = []
+        self.metrics.prompt_tokens.inc(self.length(prompt))
+        for number in range(wanted.count):
+            reply = Reply(Words(self.assistant.tokenizer, self._stop_ids, wanted.stops), self.metrics)
+            sampling = dataclasses.replace(wanted.sampling, seed=(wanted.sampling.seed + number) % 2**31)
+            ticket = self.live.submit(dataclasses.replace(prompt, sampling=sampling), reply.tell, wanted.seconds)
+            reply.cancel = ticket.cancel
+            replies.append(reply)
+        return replies
+
+    def close(self, seconds: float) -> None:
+        """Finishes what runs, for so many seconds, and ends."""
+        if not self.live.close(timeout=seconds):
+            self.live.close(finish=False, timeout=10)
+        self.decoders.close()
+        self._tokenizing.shutdown(wait=False)
+
+
+def random_seed() -> int:
+    """For a client that gives none."""
+    return secrets.randbelow(2**31)
+
+
+def _too_long(what: str, most: int) -> ApiError:
+    return ApiError(
+        400, f"the prompt takes {what}, at most {most} positions are taken", code="context_length_exceeded", param="messages"
+    )
