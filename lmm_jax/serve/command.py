@@ -66,6 +66,12 @@ def serve(args: argparse.Namespace, load: Callable[[], Assistant]) -> None:
         settings = {"name": name, "template": args.template, "allows_remote": args.allow_remote}
         served = service.Service(assistant, most, Path(folder), **settings)
         application = app.create(served, api_key=key, logs_prompts=args.log_prompts, drain_seconds=args.drain_seconds)
+        if not args.no_page:
+            from lmm_jax.serve import page
+
+            pictures = Path(folder) / "examples"
+            pictures.mkdir()
+            application = page.mount(application, served, pictures, key)
         _run(application, args, most, listening)
 
 

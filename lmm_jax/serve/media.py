@@ -90,16 +90,17 @@ class MediaReader:
             await self._fetch(source.url, at)
         else:
             await asyncio.to_thread(_write_base64, source.url if data is None else data, at, data is None)
-        return await self._decode(at, clip, at)
+        return await self.decode(at, clip, at)
 
     async def _uploaded(self, upload: Upload, clip: Clip | None, at: Path) -> Medium:
         if clip in upload.decoded:
             return upload.decoded[clip]
-        medium = await self._decode(upload.path, clip, at)
+        medium = await self.decode(upload.path, clip, at)
         upload.decoded = {clip: medium}  # of one part only: different parts of one video must not fill the disk
         return medium
 
-    async def _decode(self, path: Path, clip: Clip | None, at: Path) -> Medium:
+    async def decode(self, path: Path, clip: Clip | None, at: Path) -> Medium:
+        """A picture, or a part of a video, whose frames lie beside `at` until who called removes them."""
         if clip is None:
             return await self._decoders.picture(path)
         return await self._decoders.video(path, clip, at.with_suffix(".frames"))
