@@ -46,6 +46,14 @@ ROOMS = {
         "lmm_jax.inference",
         "lmm_jax.demo",
     },
+    "lmm_jax.serve": {
+        "lmm_jax.errors",
+        "lmm_jax.config",
+        "lmm_jax.data",
+        "lmm_jax.inference",
+        "lmm_jax.analysis",
+        "lmm_jax.demo",
+    },
     "lmm_jax.cli": {
         "lmm_jax",
         "lmm_jax.storage",
@@ -55,6 +63,7 @@ ROOMS = {
         "lmm_jax.inference",
         "lmm_jax.evaluation",
         "lmm_jax.analysis",
+        "lmm_jax.serve",
     },
     "lmm_jax.__main__": {"lmm_jax.cli"},
     "lmm_jax": {"lmm_jax.inference", "lmm_jax.demo"},

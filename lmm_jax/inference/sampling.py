@@ -25,6 +25,7 @@ class Sampling:
       top_p: keep the most probable tokens until their probability reaches this.
       top_k: keep so many most probable tokens; 0 keeps all.
       seed: of the row's random stream; the same seed gives the same answer, alone or in a batch.
+      ignore_eos: go on after an end token, up to max_new_tokens; to measure with.
     """
 
     max_new_tokens: int = 512
@@ -32,6 +33,7 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         """Raises UserError for values out of range."""
@@ -47,12 +49,15 @@ class Sampling:
 
 @struct.dataclass
 class Sampler:
-    """Settings of a batch: temperature (B,), top_p (B,) float32; top_k (B,) int32; seed (B,) uint32."""
+    """Settings of a batch: temperature (B,), top_p (B,) float32; top_k (B,) int32; seed (B,) uint32; ignore_eos (B,)
+    bool.
+    """
 
     temperature: jax.Array
     top_p: jax.Array
     top_k: jax.Array
     seed: jax.Array
+    ignore_eos: jax.Array
 
     @classmethod
     def of(cls, rows: list[Sampling]) -> Sampler:
@@ -62,6 +67,7 @@ class Sampler:
             np.array([r.top_p for r in rows], np.float32),
             np.array([r.top_k for r in rows], np.int32),
             np.array([r.seed for r in rows], np.uint32),
+            np.array([r.ignore_eos for r in rows], bool),
         )
 
 

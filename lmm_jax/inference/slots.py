@@ -102,7 +102,7 @@ class Programs:
         """Rows enter their `slots` (R,), with their first token; those whose slot is B are padding and enter nowhere."""
         count = jnp.zeros(len(slots), jnp.int32)
         token = sample(logits, sampler, count)
-        done = jnp.isin(token, stop) | (limits <= 1)
+        done = _is_end(token, stop, sampler) | (limits <= 1)
 
         def put(old: jax.Array, entering: jax.Array) -> jax.Array:
             return old.at[slots].set(entering, mode="drop")
@@ -164,7 +164,7 @@ class Programs:
                 position=s.position + going,
                 tokens=s.tokens.at[rows, jnp.where(going, s.count, s.tokens.shape[1])].set(token, mode="drop"),
                 count=count,
-                done=s.done | jnp.isin(token, stop) | (count >= s.limit),
+                done=s.done | _is_end(token, stop, s.sampler) | (count >= s.limit),
             )
 
         def more(carry: tuple[jax.Array, State]) -> jax.Array:
@@ -297,6 +297,10 @@ class Slots:
             self._state = self._programs.move(self._state, source, length, room)
         self._held = dict(enumerate(self._held.values()))
         self._rows, self._size = rows, size
+
+
+def _is_end(token: jax.Array, stop: jax.Array, sampler: Sampler) -> jax.Array:
+    return jnp.isin(token, stop) & ~sampler.ignore_eos
 
 
 def _spread(state: State) -> State:

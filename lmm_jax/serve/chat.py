@@ -75,6 +75,7 @@ def want(asked: schema.ChatRequest, service: Service) -> Wanted:
         top_p=1.0 if asked.top_p is None else asked.top_p,
         top_k=max(asked.top_k or 0, 0),
         seed=random_seed() if asked.seed is None else asked.seed % 2**31,
+        ignore_eos=asked.ignore_eos,
     )
     stops = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ())
     return Wanted(sampling, stops, asked.n or 1, min(asked.timeout or limits.deadline, limits.deadline))

@@ -49,7 +49,10 @@ class _Guarded(httpcore.AsyncNetworkBackend):
         addresses = [info[4][0] for info in found]
         if not addresses or not all(self._allows(a) for a in addresses):
             raise ApiError(400, f"{host} is not a public address: only pictures and videos of the internet are fetched")
-        return await self._backend.connect_tcp(addresses[0], port, **options)
+        for address in addresses[:-1]:
+            with contextlib.suppress(httpcore.ConnectError, httpcore.ConnectTimeout):
+                return await self._backend.connect_tcp(address, port, **options)
+        return await self._backend.connect_tcp(addresses[-1], port, **options)
 
     async def connect_unix_socket(self, path: str, **options: Any) -> httpcore.AsyncNetworkStream:
         raise ApiError(400, "only http and https URLs are fetched")

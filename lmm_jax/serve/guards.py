@@ -50,14 +50,21 @@ class Guard:
             async with asyncio.timeout(self._limits.body_seconds):  # nobody holds a place by not reading
                 await send(message)
 
+        async def answer(message: Message) -> None:
+            """What the application says, or what is wrong with the body that it could not read."""
+            if body.error is None:
+                await counted(message)
+            elif message["type"] == "http.response.start":
+                await _told(body.error)(scope, receive, counted)
+
         try:
             self._check(scope, is_question)
         except ApiError as error:
-            await JSONResponse(error.body, error.status, error.headers | {"Connection": "close"})(scope, receive, counted)
+            await _told(error)(scope, receive, counted)
             return
         self._questions += is_question
         try:
-            await self._app(scope, body.receive, counted)
+            await self._app(scope, body.receive, answer)
         finally:
             self._questions -= is_question
             self._bytes -= body.size
@@ -107,11 +114,19 @@ class _Body:
         self._total = 0
         self._is_complete = False
         self.size = 0  # that is counted
+        self.error: ApiError | None = None
 
     async def receive(self) -> Message:
-        """The next message; ApiError where it is too late or too much."""
+        """The next message; ApiError where it is too late or too much, which is then also `error`."""
         if self._is_complete:
             return await self._receive()  # that the client leaves
+        try:
+            return await self._next()
+        except ApiError as error:
+            self.error = error
+            raise
+
+    async def _next(self) -> Message:
         try:
             async with asyncio.timeout(self._until - time.monotonic()):
                 message = await self._receive()
@@ -127,6 +142,10 @@ class _Body:
                 self.size += new
                 self._guard.add(new)
         return message
+
+
+def _told(error: ApiError) -> JSONResponse:
+    return JSONResponse(error.body, error.status, error.headers | {"Connection": "close"})
 
 
 def _too_large(most: float) -> ApiError:

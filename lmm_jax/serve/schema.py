@@ -124,6 +124,7 @@ class ChatRequest(_Given):
     n: int | None = Field(None, ge=1)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
+    ignore_eos: bool = Field(False, description="Go on after an end token, up to max_tokens; to measure with.")
     timeout: float | None = Field(None, gt=0, description="Seconds for this request; at most the server's.")
     # taken where they ask for nothing that is not done
     frequency_penalty: Literal[0] | None = None

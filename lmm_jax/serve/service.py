@@ -180,7 +180,8 @@ class Service:
         replies = []
         self.metrics.prompt_tokens.inc(self.length(prompt))
         for number in range(wanted.count):
-            reply = Reply(Words(self.assistant.tokenizer, self._stop_ids, wanted.stops), self.metrics)
+            end_ids = () if wanted.sampling.ignore_eos else self._stop_ids
+            reply = Reply(Words(self.assistant.tokenizer, end_ids, wanted.stops), self.metrics)
             sampling = dataclasses.replace(wanted.sampling, seed=(wanted.sampling.seed + number) % 2**31)
             ticket = self.live.submit(dataclasses.replace(prompt, sampling=sampling), reply.tell, wanted.seconds)
             reply.cancel = ticket.cancel
