@@ -76,7 +76,6 @@ class Ticket:
         self.request, self._tell, (self.length, self.limit) = request, tell, size
         self.submitted = time.monotonic()
         self._deadline = None if seconds is None else self.submitted + seconds
-        self._seconds = seconds
         self.is_cancelled = False
         self.passed = 0
         self.seen = 0  # tokens told
@@ -115,7 +114,7 @@ class Ticket:
         if not self.has_ended:
             self.has_ended = True
             if error is None and self.is_over() and not self.is_cancelled:
-                error = DeadlineError(f"the answer took longer than {self._seconds:g} seconds: ask for less")
+                error = DeadlineError("the answer took longer than it may: ask for less, or for more time")
             self._tell(Ended(error))
 
 

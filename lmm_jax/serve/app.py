@@ -53,7 +53,8 @@ def create(
         lifespan=lifespan,
         responses=_ERRORS,
     )
-    app.add_middleware(Guard, limits=service.limits, metrics=service.metrics, api_key=api_key)
+    guarded = {"limits": service.limits, "metrics": service.metrics, "folder": service.folder}
+    app.add_middleware(Guard, **guarded, api_key=api_key)
     app.include_router(chat.router(service, logs_prompts))
     app.include_router(uploads.router(service.media.store))
     _errors(app)

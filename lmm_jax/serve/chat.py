@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import logging
 import time
@@ -82,13 +83,15 @@ def want(asked: schema.ChatRequest, service: Service) -> Wanted:
 
 
 async def _begin(service: Service, turns: list[schema.Turn], wanted: Wanted) -> tuple[list[Reply], int]:
+    end = time.monotonic() + wanted.seconds
     try:
         async with asyncio.timeout(wanted.seconds):
             prompt = await service.prompt(await service.media.conversation(turns))
     except TimeoutError:
         message = f"pictures and videos were not read within {wanted.seconds:g} seconds: give smaller ones"
         raise ApiError(400, message, code="deadline_exceeded") from None
-    return service.replies(prompt, wanted), service.length(prompt)
+    left = dataclasses.replace(wanted, seconds=max(end - time.monotonic(), 0.0))
+    return service.replies(prompt, left), service.length(prompt)
 
 
 async def _unless_left(work: asyncio.Future, request: Request) -> Any:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import socket
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,20 +60,31 @@ def serve(args: argparse.Namespace, load: Callable[[], Assistant]) -> None:
     if args.host not in _LOCAL and key is None:
         warnings.warn(f"anyone who reaches {args.host} can ask: set {_KEY} to let in only who knows it", stacklevel=2)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder is removed then, too
-    with listening, tempfile.TemporaryDirectory(prefix="lmm-serve-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = tempfile.tempdir = folder  # what frameworks write for themselves goes with it
+    with listening, _folder() as folder:
         assistant = load()
-        name = args.name or assistant.folder.name
+        name = args.name or ("demo" if args.model is None else assistant.folder.name)
         settings = {"name": name, "template": args.template, "allows_remote": args.allow_remote}
-        served = service.Service(assistant, most, Path(folder), **settings)
+        served = service.Service(assistant, most, folder, **settings)
         application = app.create(served, api_key=key, logs_prompts=args.log_prompts, drain_seconds=args.drain_seconds)
         if not args.no_page:
             from lmm_jax.serve import page
 
-            pictures = Path(folder) / "examples"
+            pictures = folder / "examples"
             pictures.mkdir()
             application = page.mount(application, served, pictures, key)
         _run(application, args, most, listening)
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[Path]:
+    """For all that is on the disk meanwhile, also what frameworks write for themselves; removed at the end."""
+    before = tempfile.tempdir
+    with tempfile.TemporaryDirectory(prefix="lmm-serve-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = tempfile.tempdir = folder
+        try:
+            yield Path(folder)
+        finally:
+            tempfile.tempdir = before
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import json
+import os
 import time
+from pathlib import Path
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -27,8 +30,9 @@ _RETRY_SECONDS = 5
 class Guard:
     """ASGI middleware."""
 
-    def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics, api_key: str | None) -> None:
-        """`api_key` None: nobody needs one."""
+    def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics, folder: Path, api_key: str | None) -> None:
+        """`folder` holds all that is uploaded, also by the page; `api_key` None: nobody needs one."""
+        self._folder = folder
         self._app, self._limits, self._metrics = app, limits, metrics
         self._key = None if api_key is None else api_key.encode()
         self._questions = 0  # requests that are answered or wait
@@ -79,6 +83,9 @@ class Guard:
         most = self.most(scope["path"])
         if not (length.isascii() and length.isdigit()) or int(length[:20]) > most:
             raise _too_large(most)
+        if scope["path"].startswith(_UPLOADS) and scope["method"] == "POST" and _size(self._folder) > 1e6 * limits.files_mb:
+            message = f"all files together are larger than {limits.files_mb:g} MB: delete some, or try again later"
+            raise ApiError(429, message, code="too_many_files", retry_after=_RETRY_SECONDS)
         if is_question and self._questions >= limits.rows + limits.queue:
             raise ApiError(
                 429,
@@ -146,6 +153,16 @@ class _Body:
 
 def _told(error: ApiError) -> JSONResponse:
     return JSONResponse(error.body, error.status, error.headers | {"Connection": "close"})
+
+
+def _size(folder: Path) -> int:
+    """Bytes of all files in a folder, also of those that vanish meanwhile."""
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(root, name)).st_size
+    return total
 
 
 def _too_large(most: float) -> ApiError:

@@ -291,4 +291,4 @@ class Error(BaseModel):
 class Health(BaseModel):
     """Whether questions are answered."""
 
-    status: Literal["ok", "starting", "failed", "stopping"]
+    status: Literal["ok", "failed"]

@@ -108,6 +108,7 @@ class Service:
     Attributes:
       name: of the model.
       limits: of clients.
+      folder: for what is on the disk meanwhile.
       media: reads what clients send.
       metrics: of this server.
     """
@@ -137,7 +138,8 @@ class Service:
         Raises:
           UserError: the model has no tokenizer.
         """
-        self.assistant, self.limits, self.name, self._template = assistant, limits, name, template
+        self.assistant, self.limits, self.folder, self.name = assistant, limits, folder, name
+        self._template = template
         self.created = int(time.time())
         self.metrics = Metrics()
         self._stop_ids = assistant.stop_ids(template)

