@@ -38,8 +38,7 @@ def router(service: Service, logs_prompts: bool) -> APIRouter:
         wanted = want(asked, service)
         if logs_prompts:
             log.info("asked: %s", [(t.role, _words(t)) for t in asked.messages])
-        turns, asked.messages = asked.messages, []
-        work = asyncio.ensure_future(_begin(service, turns, wanted))
+        work = asyncio.ensure_future(_begin(service, asked, wanted))
         replies, length = await _unless_left(work, request)
         if asked.stream:
             return StreamingResponse(_stream(service, asked, replies, length), media_type="text/event-stream")
@@ -82,11 +81,13 @@ def want(asked: schema.ChatRequest, service: Service) -> Wanted:
     return Wanted(sampling, stops, asked.n or 1, min(asked.timeout or limits.deadline, limits.deadline))
 
 
-async def _begin(service: Service, turns: list[schema.Turn], wanted: Wanted) -> tuple[list[Reply], int]:
+async def _begin(service: Service, asked: schema.ChatRequest, wanted: Wanted) -> tuple[list[Reply], int]:
     end = time.monotonic() + wanted.seconds
+    turns, asked.messages = asked.messages, []  # whose media need not stay in memory
+    videos_as = (asked.media_io_kwargs or schema.MediaKwargs()).video
     try:
         async with asyncio.timeout(wanted.seconds):
-            prompt = await service.prompt(await service.media.conversation(turns))
+            prompt = await service.prompt(await service.media.conversation(turns, videos_as))
     except TimeoutError:
         message = f"pictures and videos were not read within {wanted.seconds:g} seconds: give smaller ones"
         raise ApiError(400, message, code="deadline_exceeded") from None

@@ -55,6 +55,7 @@ class Clip:
     fps: float = 1.0
     start: float | None = None
     end: float | None = None
+    most: int | None = None
 
 
 class Decoders:
@@ -78,8 +79,9 @@ class Decoders:
 
     async def video(self, source: Path, clip: Clip, frames: Path) -> list[np.ndarray]:
         """Frames, each (P,H,W,3) uint8, which lie in the file `frames`. Raises UserError as `picture` does."""
-        limits = self._limits
-        shape = await self._run("video", limits.video_seconds, _video, source, clip, frames, self._shape, limits.frames)
+        most = min(clip.most or self._limits.frames, self._limits.frames)
+        given = (source, dataclasses.replace(clip, most=most), frames, self._shape)
+        shape = await self._run("video", self._limits.video_seconds, _video, *given)
         return list(np.memmap(frames, np.uint8, "r", shape=shape))
 
     async def start(self) -> None:
@@ -121,12 +123,12 @@ def _picture(source: Path, shape: Shape, max_pixels: int) -> np.ndarray:
         raise _nameless(error, source, "the picture") from None
 
 
-def _video(source: Path, clip: Clip, frames: Path, shape: Shape, most: int) -> tuple[int, ...]:
+def _video(source: Path, clip: Clip, frames: Path, shape: Shape) -> tuple[int, ...]:
     """Writes the frames one behind the other; returns (F,P,H,W,3)."""
     count, one = 0, ()
     try:
         with (
-            stream_frames(source, size=shape.size, fps=clip.fps, start=clip.start, end=clip.end, most=most) as stream,
+            stream_frames(source, size=shape.size, **dataclasses.asdict(clip)) as stream,
             open(frames, "wb") as file,
         ):
             for frame in stream:

@@ -25,6 +25,7 @@ from lmm_jax.serve.limits import Limits
 Medium = np.ndarray | list[np.ndarray]
 MediaPart = schema.ImagePart | schema.VideoUrlPart | schema.InputVideoPart
 
+_ANY_RATE = 1000.0  # frames per second: all there are
 _DATA_URL = re.compile(r"data:[\w.+-]*(?:/[\w.+-]*)?(?:;[\w.+-]+=[^;,]*)*;base64,", re.IGNORECASE)
 
 
@@ -48,8 +49,10 @@ class MediaReader:
         self.store, self._decoders, self._folder, self._limits = store, decoders, folder, limits
         self._allows_remote, self._allows_address = allows_remote, allows_address
 
-    async def conversation(self, turns: Sequence[schema.Turn]) -> Conversation:
-        """What was said, with pixels. What lies on the disk meanwhile is removed before this returns.
+    async def conversation(self, turns: Sequence[schema.Turn], videos_as: schema.VideoKwargs) -> Conversation:
+        """What was said, with pixels; `videos_as` says which frames of videos, where their parts of a message do not.
+
+        What lies on the disk meanwhile is removed before this returns.
 
         Raises:
           UserError: media that cannot be read or are not allowed, placeholders that do not match, turns out of order.
@@ -66,7 +69,7 @@ class MediaReader:
             return Conversation(tuple(messages), ())
         folder = Path(tempfile.mkdtemp(dir=self._folder))
         try:
-            tasks = [asyncio.create_task(self._read(part, folder / str(n))) for n, part in enumerate(parts)]
+            tasks = [asyncio.create_task(self._read(part, videos_as, folder / str(n))) for n, part in enumerate(parts)]
             try:
                 media = await asyncio.gather(*tasks)
             finally:
@@ -76,12 +79,12 @@ class MediaReader:
             await asyncio.to_thread(shutil.rmtree, folder, True)
         return Conversation(tuple(messages), tuple(media))
 
-    async def _read(self, part: MediaPart, at: Path) -> Medium:
+    async def _read(self, part: MediaPart, videos_as: schema.VideoKwargs, at: Path) -> Medium:
         if isinstance(part, schema.ImagePart):
             source, clip = part.image_url, None
         else:
             source = part.video_url if isinstance(part, schema.VideoUrlPart) else part.input_video
-            clip = Clip(source.fps, source.start, source.end)
+            clip = _clip(source, videos_as)
         if source.file_id is not None or (source.url or "").startswith("file-"):
             with self.store.get(source.file_id or source.url) as upload:
                 return await self._uploaded(upload, clip, at)
@@ -115,6 +118,13 @@ class MediaReader:
             )
         limits = self._limits
         await fetch(url, at, max_bytes=int(limits.remote_mb * 1e6), seconds=limits.remote_seconds, allows=self._allows_address)
+
+
+def _clip(source: schema.VideoUrl, common: schema.VideoKwargs) -> Clip:
+    """Which frames are taken. A number of frames alone means that the rate does not matter."""
+    most = source.frames or (common.num_frames if (common.num_frames or -1) > 0 else None)
+    fps = source.fps or common.fps or (_ANY_RATE if most or common.num_frames else 1.0)
+    return Clip(fps, source.start, source.end, most)
 
 
 def told(turns: Sequence[schema.Turn]) -> tuple[list[Message], list[MediaPart]]:

@@ -45,7 +45,10 @@ class VideoUrl(_Given):
     data: Text | None = Field(None, description="The file in base64.")
     file_id: Text | None = Field(None, examples=["file-0123"])
     format: Text | None = Field(None, description="Has no effect: the file says what it is.")
-    fps: float = Field(1.0, gt=0, le=1000, description="Frames taken per second.")
+    fps: float | None = Field(
+        None, gt=0, le=1000, description="Frames taken per second: 1, or any rate where frames is given."
+    )
+    frames: int | None = Field(None, ge=1, description="At most so many, spread over the whole.")
     start: float | None = Field(None, ge=0, le=1e9, description="Seconds.")
     end: float | None = Field(None, gt=0, le=1e9, description="Seconds.")
 
@@ -109,6 +112,19 @@ class TextFormat(_Given):
     type: Literal["text"]
 
 
+class VideoKwargs(_Given):
+    """For all videos of a request, as vLLM's clients give it."""
+
+    num_frames: int | None = Field(None, ge=-1, description="So many, spread over the whole; -1: all.")
+    fps: float | None = Field(None, gt=0, le=1000)
+
+
+class MediaKwargs(_Given):
+    """For all media of a request."""
+
+    video: VideoKwargs = VideoKwargs()
+
+
 class ChatRequest(_Given):
     """A conversation that ends with a question."""
 
@@ -124,6 +140,7 @@ class ChatRequest(_Given):
     n: int | None = Field(None, ge=1)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
+    media_io_kwargs: MediaKwargs | None = None
     ignore_eos: bool = Field(False, description="Go on after an end token, up to max_tokens; to measure with.")
     timeout: float | None = Field(None, gt=0, description="Seconds for this request; at most the server's.")
     # taken where they ask for nothing that is not done

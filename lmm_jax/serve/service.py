@@ -11,6 +11,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+
+from lmm_jax.data.conversation import Message, with_placeholders
 from lmm_jax.errors import UserError
 from lmm_jax.inference.assistant import Assistant, Conversation
 from lmm_jax.inference.engine import Request
@@ -26,6 +29,7 @@ from lmm_jax.serve.metrics import Metrics
 from lmm_jax.serve.words import Words
 
 NEW_TOKENS = 1024  # where a client does not say how many
+_WARM_SECONDS = 3600.0  # large models take long to compile
 _CHARACTERS = 64  # of a token at most, so that a text that is far too long is not tokenised
 
 
@@ -189,6 +193,15 @@ class Service:
             reply.cancel = ticket.cancel
             replies.append(reply)
         return replies
+
+    async def warm_up(self) -> None:
+        """Answers once, about a black picture: returns when the model and the decoders work. Raises UserError where not."""
+        await self.decoders.start()
+        shape = (self.assistant.config.tiles, *2 * [self.assistant.config.vision.image_size], 3)
+        asked = Conversation((Message("user", with_placeholders("Hello.", 1)),), (np.zeros(shape, np.uint8),))
+        (reply,) = self.replies(await self.prompt(asked), Wanted(Sampling(max_new_tokens=2), seconds=_WARM_SECONDS))
+        async for _ in reply.pieces():
+            pass
 
     def close(self, seconds: float) -> None:
         """Finishes what runs, for so many seconds, and ends."""

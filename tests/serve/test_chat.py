@@ -130,6 +130,16 @@ def test_uploads_are_asked_about_until_they_are_deleted(server, ask, alone, medi
     part = {"type": "input_video", "input_video": {"data": data, "format": "mp4", "start": 0, "end": 3}}
     fewer = ask(user(MOVES, part))
     assert fewer.usage.prompt_tokens < ask(user(MOVES, shown, part)).usage.prompt_tokens
+    whole, four, one, same = (
+        ask(user(MOVES, {"type": "video_url", "video_url": {"file_id": clip.id, **how}}), extra_body=body).usage.prompt_tokens
+        for how, body in (
+            ({}, {}),
+            ({"frames": 4}, {}),
+            ({"frames": 4, "fps": 0.125}, {}),
+            ({}, {"media_io_kwargs": {"video": {"num_frames": 4}}}),
+        )
+    )
+    assert whole == four + 4 == one + 7 and same == four
     for file in (clip, picture):
         assert client.files.retrieve(file.id).id == file.id
         assert client.files.delete(file.id).deleted
