@@ -41,7 +41,6 @@ def create(
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         sweeping = asyncio.create_task(_sweep(service))
-        await service.warm_up()
         yield
         sweeping.cancel()
         await asyncio.to_thread(service.close, drain_seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import os
 import signal
@@ -65,6 +66,11 @@ def serve(args: argparse.Namespace, load: Callable[[], Assistant]) -> None:
         name = args.name or ("demo" if args.model is None else assistant.folder.name)
         settings = {"name": name, "template": args.template, "allows_remote": args.allow_remote}
         served = service.Service(assistant, most, folder, **settings)
+        try:
+            asyncio.run(served.warm_up())
+        except BaseException:
+            served.close(0)
+            raise
         application = app.create(served, api_key=key, logs_prompts=args.log_prompts, drain_seconds=args.drain_seconds)
         if not args.no_page:
             from lmm_jax.serve import page
