@@ -11,3 +11,15 @@ class UserError(ValueError):
 
 class DeviceError(UserError):
     """The device failed, not what it was asked: no question can be answered until the process starts again."""
+
+
+class DeadlineError(UserError):
+    """An answer took longer than it may."""
+
+    def __init__(self) -> None:
+        """Says so."""
+        super().__init__("the answer took longer than it may: ask for less, or for more time")
+
+
+class TryLaterError(UserError):
+    """It was not the request's fault: the engine is about to stop, or has too little memory for all that run at once."""

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import numpy as np
 
+from lmm_jax.config import ModelConfig
 from lmm_jax.errors import UserError
 from lmm_jax.inference.assistant import Assistant
 from lmm_jax.models.llava_mini import LlavaMini
@@ -25,14 +30,20 @@ def compression_maps(assistant: Assistant, pixels: np.ndarray) -> np.ndarray:
     """
     if not assistant.config.compressor:
         raise UserError("this model has no compressor, it gives its decoder all vision tokens: there is no map to show")
-    model, engine = LlavaMini(assistant.config, assistant.engine.dtype), assistant.engine
+    engine = assistant.engine
+    with jax.set_mesh(engine.mesh):
+        found = _program(assistant.config, engine.dtype)(engine.params, pixels[None])
+    side = round(found.shape[-1] ** 0.5)
+    return np.asarray(found[0]).reshape(-1, side, side)
+
+
+@functools.lru_cache
+def _program(config: ModelConfig, dtype: Any) -> Callable[[Any, jax.Array], jax.Array]:
+    model = LlavaMini(config, dtype)
 
     def maps(module: LlavaMini, pixels: jax.Array) -> jax.Array:
         features = module.vision_features(pixels)
         fine = module.stitch(features[:, :-1]) if module.config.resolution_ratio > 1 else features[:, -1]
         return module.compress(fine)[1]
 
-    with jax.set_mesh(engine.mesh):
-        found = jax.jit(lambda params, x: model.apply({"params": params}, x, method=maps))(engine.params, pixels[None])
-    side = round(found.shape[-1] ** 0.5)
-    return np.asarray(found[0]).reshape(-1, side, side)
+    return jax.jit(lambda params, pixels: model.apply({"params": params}, pixels, method=maps))

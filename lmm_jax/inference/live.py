@@ -23,99 +23,22 @@ import jax
 import numpy as np
 
 from lmm_jax.data.layout import Layout
-from lmm_jax.errors import DeviceError, UserError
-from lmm_jax.inference.buckets import length_bucket
+from lmm_jax.errors import DeviceError, TryLaterError, UserError
+from lmm_jax.inference.buckets import length_bucket, power_of_two
 from lmm_jax.inference.engine import MAX_BATCH, Engine, Request, failed
 from lmm_jax.inference.slots import Slots
+from lmm_jax.inference.tickets import Event, Ticket
 
 TOGETHER = 8  # requests of like length that are embedded in one program
 LOOK_SECONDS = 0.05  # between two looks at what was generated
 MOST_STEPS = 8  # tokens between two looks, however fast they come
 PASSED = 64  # requests that may overtake one for which there is no room yet
 QUIET_TURNS = 64  # with fewer rows than there is room for, before the room is given back
+FAILURES = 3  # turns one after the other that fail before the engine counts as ill
 _STEP = 4  # from one size of the cache to the next
 _LENGTH = 256  # positions of the shortest
 
 log = logging.getLogger(__name__)
-
-
-class DeadlineError(UserError):
-    """An answer took longer than it may."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Began:
-    """The request has a slot: `encode_seconds` is what its pictures and its prompt took, `waited` seconds came before."""
-
-    waited: float
-    encode_seconds: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Tokens:
-    """New tokens, the end token included."""
-
-    ids: list[int]
-
-
-@dataclasses.dataclass(frozen=True)
-class Ended:
-    """Nothing more comes: all tokens were told, or there was an error."""
-
-    error: UserError | None = None
-
-
-Event = Began | Tokens | Ended
-
-
-class Ticket:
-    """A request on its way."""
-
-    def __init__(self, request: Request, tell: Callable[[Event], None], size: tuple[int, int], seconds: float | None) -> None:
-        """Made by `Live.submit`."""
-        self.request, self._tell, (self.length, self.limit) = request, tell, size
-        self.submitted = time.monotonic()
-        self._deadline = None if seconds is None else self.submitted + seconds
-        self.is_cancelled = False
-        self.passed = 0
-        self.seen = 0  # tokens told
-        self.has_ended = False
-
-    @property
-    def positions(self) -> int:
-        """Of a slot that holds the prompt, padded, and the answer."""
-        return max(length_bucket(self.length), self.length + self.limit)
-
-    @property
-    def images(self) -> int:
-        """Pictures and frames."""
-        return sum(self.request.row().images)
-
-    def cancel(self) -> None:
-        """Nobody wants the answer any more: its slot is free at the next turn. May be called from any thread."""
-        self.is_cancelled = True
-
-    def is_over(self) -> bool:
-        """Whether it was cancelled or is too late."""
-        return self.is_cancelled or (self._deadline is not None and time.monotonic() > self._deadline)
-
-    def tell(self, tokens: Sequence[int]) -> None:
-        """Those of all its tokens so far that were not told yet."""
-        if new := list(tokens[self.seen :]):
-            self.seen = len(tokens)
-            self._tell(Tokens(new))
-
-    def begin(self, encode_seconds: float) -> None:
-        """It has a slot."""
-        self._tell(Began(time.monotonic() - self.submitted - encode_seconds, encode_seconds))
-
-    def end(self, error: UserError | None = None) -> None:
-        """Tells that nothing more comes, once."""
-        if not self.has_ended:
-            self.has_ended = True
-            if error is None and self.is_over() and not self.is_cancelled:
-                error = DeadlineError("the answer took longer than it may: ask for less, or for more time")
-            self._tell(Ended(error))
 
 
 class Live:
@@ -139,7 +62,7 @@ class Live:
         self._quiet = 0
         self._steps = 1
         self._is_closing = self._is_stopping = False
-        self.tokens = 0  # generated, in all
+        self._failures = 0  # turns that failed since one did not
         self._thread = threading.Thread(target=self._work, name="live engine", daemon=True)
         self._thread.start()
 
@@ -152,7 +75,7 @@ class Live:
           UserError: the model's context cannot hold it; the engine is closed.
         """
         if self._is_closing:
-            raise UserError("no more questions are taken: the server is about to stop")
+            raise TryLaterError("no more questions are taken: the server is about to stop")
         ticket = Ticket(request, tell, self._engine.measure(request), seconds)
         self._inbox.put(ticket)
         return ticket
@@ -168,9 +91,9 @@ class Live:
         return len(self._running)
 
     @property
-    def is_alive(self) -> bool:
-        """Whether requests are answered."""
-        return self._thread.is_alive()
+    def is_well(self) -> bool:
+        """Whether requests are answered, as far as the last ones tell."""
+        return self._thread.is_alive() and self._failures < FAILURES
 
     def close(self, *, finish: bool = True, timeout: float | None = None) -> bool:
         """Takes no more requests, and ends when those under way are answered, or at once without `finish`.
@@ -193,7 +116,7 @@ class Live:
             self._turn()
         self._receive(wait=False)
         for ticket in [*self._running, *self._waiting]:
-            ticket.end(UserError("the server stopped before the answer was done"))
+            ticket.end(_stopped())
 
     def _receive(self, wait: bool) -> None:
         while wait or not self._inbox.empty():
@@ -204,6 +127,7 @@ class Live:
     def _turn(self, is_between: bool = False) -> None:
         """Some tokens for all rows; `is_between` chunks of a long video, which is then the only one."""
         self._receive(wait=False)
+        batch: list[Ticket] = []
         try:
             self._leave_early()
             start = time.monotonic()
@@ -217,8 +141,10 @@ class Live:
                 self._pace(time.monotonic() - start)
             if batch and is_between:
                 self._enter(batch, is_between)
+            self._failures = 0
         except Exception as error:
-            self._fail(_told(error))
+            self._failures += 1
+            self._fail(_told(error), batch)
 
     def _pace(self, seconds: float) -> None:
         """As many steps for a turn as take `LOOK_SECONDS`."""
@@ -234,7 +160,7 @@ class Live:
         self._running = [t for t in self._running if t not in over]
         self._waiting = collections.deque(t for t in self._waiting if t not in late)
         for ticket in [*over, *late]:
-            ticket.end()
+            ticket.end_early()
 
     def _pick(self, only_short: bool) -> list[Ticket]:
         """The next requests for which there is room, of like length, as many as one program takes without padding."""
@@ -251,8 +177,9 @@ class Live:
                 break
         while len(batch) & (len(batch) - 1):
             batch.pop()
-        for ticket in itertools.takewhile(lambda t: t is not (batch or [None])[-1], self._waiting):
-            ticket.passed += ticket not in batch
+        if batch:
+            for ticket in itertools.takewhile(lambda t: t is not batch[-1], self._waiting):
+                ticket.passed += ticket not in batch
         self._waiting = collections.deque(t for t in self._waiting if t not in batch)
         return batch
 
@@ -267,7 +194,10 @@ class Live:
         context = self._engine.config.decoder.max_position_embeddings
         longest = max((t.positions for t in tickets), default=1)
         rows = min(self._most, _level(max(1, len(tickets)), 1))
-        return rows, max(min(length_bucket(context), _level(longest, _LENGTH)), length_bucket(longest))
+        length = max(min(length_bucket(context), _level(longest, _LENGTH)), length_bucket(longest))
+        if self._engine.programs.size(rows) * length > self._engine.positions:  # then no more than is needed
+            return min(self._most, power_of_two(max(1, len(tickets)))), length_bucket(longest)
+        return rows, length
 
     def _enter(self, batch: list[Ticket], is_between: bool = False) -> None:
         """Embeds requests and gives them slots. What fails before they have them fails alone."""
@@ -275,15 +205,17 @@ class Live:
         self._entering += batch
         try:
             x, layout = self._embed(batch)
-            if not is_between:
-                self._hand_out()  # what the rows before have generated meanwhile
+        except Exception as error:
+            self._refuse(batch, error)
+            return
+        if not is_between:
+            self._hand_out()  # what the rows before have generated meanwhile
+        try:
             x.block_until_ready()
         except Exception as error:
-            for ticket in batch:
-                ticket.end(_told(error))
+            self._refuse(batch, error)
             return
-        finally:
-            self._entering = [t for t in self._entering if t not in batch]
+        self._entering = [t for t in self._entering if t not in batch]
         seconds = time.monotonic() - start
         self._fit(batch)
         self._running += batch
@@ -294,6 +226,12 @@ class Live:
             ticket.begin(seconds)
         self._slots.enter(x, rows)
         self._hand_out()
+
+    def _refuse(self, batch: list[Ticket], error: Exception) -> None:
+        """Requests that could not be embedded."""
+        self._entering = [t for t in self._entering if t not in batch]
+        for ticket in batch:
+            ticket.end_early() if isinstance(error, _Left) and ticket.is_over() else ticket.end(_told(error))
 
     def _embed(self, batch: list[Ticket]) -> tuple[jax.Array, Layout]:
         requests = [t.request for t in batch]
@@ -332,12 +270,10 @@ class Live:
         """Tells everyone what was generated; those that are done leave."""
         if not self._running:
             return
-        before = sum(t.seen for t in self._running)
         done = dict(self._slots.leave())
         told = done | self._slots.tokens()
         for ticket, tokens in told.items():
             ticket.tell(tokens)
-        self.tokens += sum(t.seen for t in self._running) - before
         self._running = [t for t in self._running if t not in done]
         for ticket in done:
             ticket.end()
@@ -351,18 +287,25 @@ class Live:
             self._slots.resize(*wanted, wanted[1])
             self._sizes = wanted
 
-    def _fail(self, error: UserError) -> None:
-        """The cache may be lost with the program that failed: rows in it cannot go on."""
+    def _fail(self, error: UserError, batch: list[Ticket]) -> None:
+        """The cache may be lost with the program that failed: rows in it cannot go on, nor those that were to enter."""
         self._slots, self._sizes = None, (0, 0)
-        for ticket in self._running:
+        if not isinstance(error, DeviceError):
+            error = TryLaterError(f"there is too little memory for all that is asked at once: try again later ({error})")
+        for ticket in [*self._running, *batch]:
             ticket.end(error)
         self._running = []
+        self._entering = [t for t in self._entering if t not in batch]
 
 
-def _told(error: Exception) -> UserError | None:
+def _stopped() -> UserError:
+    return TryLaterError("the server stopped before the answer was done")
+
+
+def _told(error: Exception) -> UserError:
     """What the one who asked is told."""
     if isinstance(error, _Left):
-        return None
+        return _stopped()
     if isinstance(error, UserError):
         return error
     if isinstance(error, jax.errors.JaxRuntimeError):

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import dataclasses
 import json
-import logging
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -21,11 +20,9 @@ from lmm_jax.serve import schema
 from lmm_jax.serve.errors import ApiError, as_api_error
 from lmm_jax.serve.service import NEW_TOKENS, Reply, Service, Wanted, random_seed
 
-log = logging.getLogger("lmm_jax.serve")
 
-
-def router(service: Service, logs_prompts: bool) -> APIRouter:
-    """The route; with `logs_prompts` what is asked and answered goes to the log."""
+def router(service: Service) -> APIRouter:
+    """The route."""
     routes = APIRouter()
 
     @routes.post(
@@ -36,16 +33,12 @@ def router(service: Service, logs_prompts: bool) -> APIRouter:
     )
     async def complete(asked: schema.ChatRequest, request: Request) -> Response:
         wanted = want(asked, service)
-        if logs_prompts:
-            log.info("asked: %s", [(t.role, _words(t)) for t in asked.messages])
         work = asyncio.ensure_future(_begin(service, asked, wanted))
         replies, length = await _unless_left(work, request)
         if asked.stream:
             return StreamingResponse(_stream(service, asked, replies, length), media_type="text/event-stream")
         gathered = asyncio.ensure_future(_all(replies))
         texts = await _unless_left(gathered, request)
-        if logs_prompts:
-            log.info("answered: %s", texts)
         choices = [
             schema.Choice(index=n, message=schema.Message(content=text), finish_reason=reply.finish_reason)
             for n, (text, reply) in enumerate(zip(texts, replies))
@@ -61,7 +54,7 @@ def router(service: Service, logs_prompts: bool) -> APIRouter:
 def want(asked: schema.ChatRequest, service: Service) -> Wanted:
     """What a client wants. Raises ApiError for what is not served."""
     limits = service.limits
-    if asked.model not in ("", service.name):
+    if asked.model not in (None, "", service.name):
         raise ApiError(
             404, f"there is no model {asked.model[:100]!r} here: use {service.name!r}", code="model_not_found", param="model"
         )
@@ -75,7 +68,7 @@ def want(asked: schema.ChatRequest, service: Service) -> Wanted:
         top_p=1.0 if asked.top_p is None else asked.top_p,
         top_k=max(asked.top_k or 0, 0),
         seed=random_seed() if asked.seed is None else asked.seed % 2**31,
-        ignore_eos=asked.ignore_eos,
+        ignore_eos=bool(asked.ignore_eos),
     )
     stops = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ())
     return Wanted(sampling, stops, asked.n or 1, min(asked.timeout or limits.deadline, limits.deadline))
@@ -83,11 +76,10 @@ def want(asked: schema.ChatRequest, service: Service) -> Wanted:
 
 async def _begin(service: Service, asked: schema.ChatRequest, wanted: Wanted) -> tuple[list[Reply], int]:
     end = time.monotonic() + wanted.seconds
-    turns, asked.messages = asked.messages, []  # whose media need not stay in memory
     videos_as = (asked.media_io_kwargs or schema.MediaKwargs()).video
     try:
         async with asyncio.timeout(wanted.seconds):
-            prompt = await service.prompt(await service.media.conversation(turns, videos_as))
+            prompt = await service.prompt(await service.media.conversation(asked.messages, videos_as))
     except TimeoutError:
         message = f"pictures and videos were not read within {wanted.seconds:g} seconds: give smaller ones"
         raise ApiError(400, message, code="deadline_exceeded") from None
@@ -178,10 +170,3 @@ def _usage(length: int, replies: list[Reply]) -> schema.Usage:
 def _timing(reply: Reply) -> schema.Timing:
     seconds = {name: round(getattr(reply, name), 4) for name in schema.Timing.model_fields}
     return schema.Timing(**seconds)
-
-
-def _words(turn: schema.Turn) -> str | list[str]:
-    """What is logged of a turn: no pictures."""
-    if turn.content is None or isinstance(turn.content, str):
-        return turn.content or ""
-    return [part.text if isinstance(part, schema.TextPart) else f"({part.type})" for part in turn.content]

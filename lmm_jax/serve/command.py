@@ -6,12 +6,13 @@ import argparse
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import socket
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,6 +58,7 @@ def serve(args: argparse.Namespace, load: Callable[[], Assistant]) -> None:
         from lmm_jax.serve import app, service
     except ImportError as error:
         raise UserError(f"serving needs more packages ({error.name}): pip install 'lmm-jax[serve]'") from error
+    _allow_files(most.connections)
     listening = _listen(args.host, args.port)
     if args.host not in _LOCAL and key is None:
         warnings.warn(f"anyone who reaches {args.host} can ask: set {_KEY} to let in only who knows it", stacklevel=2)
@@ -64,21 +66,21 @@ def serve(args: argparse.Namespace, load: Callable[[], Assistant]) -> None:
     with listening, _folder() as folder:
         assistant = load()
         name = args.name or ("demo" if args.model is None else assistant.folder.name)
-        settings = {"name": name, "template": args.template, "allows_remote": args.allow_remote}
-        served = service.Service(assistant, most, folder, **settings)
+        asked_for = {"allows_remote": args.allow_remote, "logs_prompts": args.log_prompts}
+        served = service.Service(assistant, most, folder, name=name, template=args.template, **asked_for)
         try:
             asyncio.run(served.warm_up())
         except BaseException:
             served.close(0)
             raise
-        application = app.create(served, api_key=key, logs_prompts=args.log_prompts, drain_seconds=args.drain_seconds)
+        application = app.create(served, api_key=key, hosts=args.allow_host, drain_seconds=args.drain_seconds)
+        closing = []
         if not args.no_page:
             from lmm_jax.serve import page
 
-            pictures = folder / "examples"
-            pictures.mkdir()
-            application = page.mount(application, served, pictures, key)
-        _run(application, args, most, listening)
+            application, close_pages = page.mount(application, served, key)
+            closing.append(close_pages)
+        _run(application, args, most, listening, closing)
 
 
 @contextlib.contextmanager
@@ -86,11 +88,19 @@ def _folder() -> Iterator[Path]:
     """For all that is on the disk meanwhile, also what frameworks write for themselves; removed at the end."""
     before = tempfile.tempdir
     with tempfile.TemporaryDirectory(prefix="lmm-serve-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = tempfile.tempdir = folder
+        tempfile.tempdir = folder
         try:
             yield Path(folder)
         finally:
             tempfile.tempdir = before
+
+
+def _allow_files(connections: int) -> None:
+    """As many open files as connections may need, where the system lets us."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 4 * connections + 1024
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard), hard))
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -102,7 +112,13 @@ def _listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def _run(application: FastAPI, args: argparse.Namespace, most: limits.Limits, listening: socket.socket) -> None:
+def _run(
+    application: FastAPI,
+    args: argparse.Namespace,
+    most: limits.Limits,
+    listening: socket.socket,
+    closing: Sequence[Callable[[], None]],
+) -> None:
     import uvicorn
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
@@ -120,6 +136,13 @@ def _run(application: FastAPI, args: argparse.Namespace, most: limits.Limits, li
         server_header=False,
         h11_max_incomplete_event_size=64 * 1024,
     )
-    server = uvicorn.Server(config)
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            for close in closing:  # open pages would hold it up until its time is over
+                close()
+            await super().shutdown(sockets)
+
+    server = Server(config)
     print(f"listening on http://{'localhost' if host == '127.0.0.1' else host}:{port}", file=sys.stderr, flush=True)
     server.run(sockets=[listening])

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import multiprocessing
 import os
 import resource
 import signal
+import threading
 import warnings
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +29,11 @@ from PIL import Image
 from lmm_jax.config import ModelConfig
 from lmm_jax.data.image import load_image, preprocess
 from lmm_jax.data.video import stream_frames
-from lmm_jax.errors import UserError
+from lmm_jax.errors import TryLaterError, UserError
 from lmm_jax.serve.limits import Limits
 
+log = logging.getLogger("uvicorn.error")
+_START_SECONDS = 60.0
 _TASKS = 500  # of a worker, before a fresh one takes its place: whatever a decoder leaks goes with it
 
 
@@ -59,18 +66,17 @@ class Clip:
 
 
 class Decoders:
-    """The worker processes."""
+    """The worker processes: some for pictures and some for videos, so that these do not hold up those.
+
+    Attributes:
+      held: bytes of decoded frames that are still in use; they lie on the disk.
+    """
 
     def __init__(self, config: ModelConfig, limits: Limits) -> None:
-        """Starts none yet: each begins with the first file that it is given."""
-        self._shape, self._limits = Shape.of(config), limits
-        self._pool = ProcessPool(
-            max_workers=limits.decoders,
-            max_tasks=_TASKS,
-            initializer=_confine,
-            initargs=(int(limits.decoder_mb * 1e6),),
-            context=multiprocessing.get_context("spawn"),
-        )
+        """Starts none yet: they begin with the first file that they are given."""
+        self._shape, self._limits, self.held = Shape.of(config), limits, 0
+        self._pools: dict[str, ProcessPool] = {}
+        self._lock = threading.Lock()
 
     async def picture(self, source: Path) -> np.ndarray:
         """Pixels (P,H,W,3) uint8. Raises UserError for what is no picture, is too large or takes too long."""
@@ -82,27 +88,52 @@ class Decoders:
         most = min(clip.most or self._limits.frames, self._limits.frames)
         given = (source, dataclasses.replace(clip, most=most), frames, self._shape)
         shape = await self._run("video", self._limits.video_seconds, _video, *given)
-        return list(np.memmap(frames, np.uint8, "r", shape=shape))
+        pixels = np.memmap(frames, np.uint8, "r", shape=shape)
+        self._hold(pixels.nbytes)
+        weakref.finalize(pixels, self._hold, -pixels.nbytes)
+        return list(pixels)
 
     async def start(self) -> None:
         """Returns when a worker is ready."""
-        await self._run("picture", 60.0, _ready)
+        await self._run("picture", _START_SECONDS, _ready)
 
     def close(self) -> None:
         """Ends all workers, whatever they are at."""
-        self._pool.stop()
-        self._pool.join()
+        for pool in self._pools.values():
+            pool.stop()
+            pool.join()
+
+    def _hold(self, size: int) -> None:
+        with self._lock:
+            self.held += size
 
     async def _run(self, kind: str, seconds: float, function: Callable[..., Any], *args: Any) -> Any:
-        future = self._pool.schedule(function, args=args, timeout=seconds)
         try:
-            return await asyncio.wrap_future(future)
+            try:
+                return await asyncio.wrap_future(self._schedule(kind, seconds, function, args))
+            except (BrokenProcessPool, RuntimeError):  # a worker died while it had nothing to do: its pool is lost
+                self._pools.pop(kind).stop()
+                return await asyncio.wrap_future(self._schedule(kind, seconds, function, args))
         except TimeoutError:
             raise UserError(f"the {kind} took longer than {seconds:g} seconds to decode: give a smaller one") from None
         except ProcessExpired as error:
             raise UserError(f"the {kind} cannot be read: its decoder crashed (status {error.exitcode})") from None
         except MemoryError:
             raise UserError(f"the {kind} takes too much memory to decode: give a smaller one") from None
+        except OSError as error:
+            log.error("a %s could not be decoded: %s", kind, error)
+            raise TryLaterError(f"there is no room to decode the {kind}: try again later") from None
+
+    def _schedule(self, kind: str, seconds: float, function: Callable[..., Any], args: Sequence[Any]) -> Future:
+        if kind not in self._pools:
+            self._pools[kind] = ProcessPool(
+                max_workers=self._limits.decoders,
+                max_tasks=_TASKS,
+                initializer=_confine,
+                initargs=(int(self._limits.decoder_mb * 1e6),),
+                context=multiprocessing.get_context("spawn"),
+            )
+        return self._pools[kind].schedule(function, args=args, timeout=seconds)
 
 
 def _confine(address_space: int) -> None:

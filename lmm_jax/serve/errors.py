@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from lmm_jax.errors import DeviceError, UserError
-from lmm_jax.inference.live import DeadlineError
+from lmm_jax.errors import DeadlineError, DeviceError, TryLaterError, UserError
 
+RETRY_SECONDS = 5
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -44,6 +44,8 @@ def as_api_error(error: UserError) -> ApiError:
         return error
     if isinstance(error, DeadlineError):
         return ApiError(400, str(error), code="deadline_exceeded")  # clients would try again after a 408
+    if isinstance(error, TryLaterError):
+        return ApiError(503, str(error), code="try_later", retry_after=RETRY_SECONDS)
     if isinstance(error, DeviceError):
         return ApiError(500, str(error), code="device_error")
     return ApiError(400, str(error))

@@ -20,12 +20,16 @@ import httpcore
 from lmm_jax.serve.errors import ApiError
 
 _REDIRECTS = 3
+# site-local, and addresses that wrap one of an IPv4 network that may be this one's
+_NOT_PUBLIC = [ipaddress.ip_network(n) for n in ("fec0::/10", "64:ff9b:1::/48", "::/96", "::ffff:0:0:0/96")]
 _MOVED = (301, 302, 303, 307, 308)
 
 
 def is_public(address: str) -> bool:
     """Whether an IP address is one of the public internet; those that only wrap another are as that one."""
     ip = ipaddress.ip_address(address.partition("%")[0])
+    if any(ip in network for network in _NOT_PUBLIC):
+        return False
     if isinstance(ip, ipaddress.IPv6Address):
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
         if ip in ipaddress.ip_network("64:ff9b::/96"):

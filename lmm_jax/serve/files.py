@@ -117,6 +117,13 @@ class FileStore:
         upload.is_deleted = True
         upload.sweep()
 
+    def forget(self) -> bool:
+        """Drops what the oldest decoded upload was decoded to; returns whether there was one."""
+        oldest = next((u for u in self._files.values() if u.decoded), None)
+        if oldest:
+            oldest.decoded = {}
+        return oldest is not None
+
     def expire(self) -> None:
         """Deletes those whose time is over."""
         for file_id in [i for i, u in self._files.items() if u.told.expires_at <= time.time()]:

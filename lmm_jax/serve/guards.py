@@ -8,8 +8,10 @@ import hmac
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -17,26 +19,44 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lmm_jax.serve import errors
-from lmm_jax.serve.errors import ApiError
+from lmm_jax.serve.errors import RETRY_SECONDS, ApiError
 from lmm_jax.serve.limits import Limits
 from lmm_jax.serve.metrics import Metrics
 
 _LOCKED = ("/v1/", "/metrics")
 _QUEUED = "/v1/chat/completions"
+_GRADIO = "/gradio_api/"
+# what the page's own code asks for; the rest of what Gradio offers is not needed, and some of it reaches further than the page
+_PAGE_ROUTES = ("run/predict", "queue/join", "queue/data", "cancel", "reset", "upload", "heartbeat/", "startup-events", "info")
+_NOT_PAGE = ("/file=", "/file/", "/proxy=", "/monitoring", "/run-history")
+_HEARTBEAT = f"{_GRADIO}heartbeat/"
+PAGE_FOLDER = "page"
 _UPLOADS = ("/v1/files", "/gradio_api/upload")
-_RETRY_SECONDS = 5
 
 
 class Guard:
     """ASGI middleware."""
 
-    def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics, folder: Path, api_key: str | None) -> None:
-        """`folder` holds all that is uploaded, also by the page; `api_key` None: nobody needs one."""
-        self._folder = folder
+    def __init__(
+        self, app: ASGIApp, limits: Limits, metrics: Metrics, folder: Path, api_key: str | None, hosts: Sequence[str]
+    ) -> None:
+        """Stands before an application.
+
+        Args:
+          app: that.
+          limits: of clients.
+          metrics: count what is answered.
+          folder: holds all that is uploaded, also by the page.
+          api_key: that clients must send; None: nobody needs one.
+          hosts: of web pages that may send something, beside this server's own.
+        """
+        self._folder, self._hosts = folder, hosts
         self._app, self._limits, self._metrics = app, limits, metrics
         self._key = None if api_key is None else api_key.encode()
         self._questions = 0  # requests that are answered or wait
         self._bytes = 0  # of bodies of requests that are under way
+        self._uploading = 0  # bytes of uploads that are under way
+        self._pages = 0  # that are open in browsers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lets a request through, or answers it."""
@@ -66,12 +86,16 @@ class Guard:
         except ApiError as error:
             await _told(error)(scope, receive, counted)
             return
+        is_page = scope["path"].startswith(_HEARTBEAT)
         self._questions += is_question
+        self._pages += is_page
         try:
             await self._app(scope, body.receive, answer)
         finally:
             self._questions -= is_question
+            self._pages -= is_page
             self._bytes -= body.size
+            self._uploading -= body.uploaded
 
     def _check(self, scope: Scope, is_question: bool) -> None:
         headers, limits = Headers(scope=scope), self._limits
@@ -79,20 +103,45 @@ class Guard:
             given = headers.get("authorization", "").encode("latin-1", "replace")
             if not hmac.compare_digest(given, b"Bearer " + self._key):
                 raise ApiError(401, "the API key is missing or wrong: send Authorization: Bearer KEY", code="invalid_api_key")
+        self._check_page(scope, headers)
         length = headers.get("content-length", "0")
         most = self.most(scope["path"])
         if not (length.isascii() and length.isdigit()) or int(length[:20]) > most:
             raise _too_large(most)
-        if scope["path"].startswith(_UPLOADS) and scope["method"] == "POST" and _size(self._folder) > 1e6 * limits.files_mb:
-            message = f"all files together are larger than {limits.files_mb:g} MB: delete some, or try again later"
-            raise ApiError(429, message, code="too_many_files", retry_after=_RETRY_SECONDS)
+        if scope["path"].startswith(_UPLOADS) and scope["method"] == "POST":
+            self.upload(0, _size(self._folder))
         if is_question and self._questions >= limits.rows + limits.queue:
             raise ApiError(
                 429,
                 f"{self._questions} requests are answered or wait: try again later",
                 code="queue_full",
-                retry_after=_RETRY_SECONDS,
+                retry_after=RETRY_SECONDS,
             )
+
+    def _check_page(self, scope: Scope, headers: Headers) -> None:
+        """What a browser does: nothing for other servers' pages, and of Gradio's routes those that the page needs."""
+        path, origin = scope["path"], headers.get("origin")
+        if scope["method"] not in ("GET", "HEAD", "OPTIONS") and origin is not None:
+            parts = urlsplit(origin)
+            if parts.netloc != headers.get("host") and parts.hostname not in self._hosts:
+                raise ApiError(403, f"a page of {origin[:100]} may not use this server", code="foreign_page")
+        if path.startswith(_GRADIO):
+            name = path.removeprefix(_GRADIO)
+            folder = f"file={self._folder / PAGE_FOLDER}/"
+            is_file = name.startswith(folder) and ".." not in name
+            if not (is_file or name.startswith(_PAGE_ROUTES)):
+                raise ApiError(404, "there is nothing here")
+        elif path.startswith(_NOT_PAGE):
+            raise ApiError(404, "there is nothing here")
+        if path.startswith(_HEARTBEAT) and self._pages >= self._limits.connections // 4:
+            raise ApiError(429, "the page is open too often", code="pages_full", retry_after=RETRY_SECONDS)
+
+    def upload(self, new: int, there: int) -> None:
+        """Counts bytes of uploads, beside those that are there already."""
+        self._uploading += new
+        if self._uploading + there > 1e6 * self._limits.files_mb:
+            message = f"all files together are larger than {self._limits.files_mb:g} MB: delete some, or try again later"
+            raise ApiError(429, message, code="too_many_files", retry_after=RETRY_SECONDS)
 
     def most(self, path: str) -> float:
         """Bytes of a request to this path."""
@@ -102,7 +151,7 @@ class Guard:
         """Counts bytes that were read."""
         self._bytes += size
         if self._bytes > 1e6 * self._limits.bodies_mb:
-            raise ApiError(429, "too much is sent at once: try again later", code="bodies_full", retry_after=_RETRY_SECONDS)
+            raise ApiError(429, "too much is sent at once: try again later", code="bodies_full", retry_after=RETRY_SECONDS)
 
     @property
     def body_seconds(self) -> float:
@@ -120,7 +169,7 @@ class _Body:
         self._until = time.monotonic() + guard.body_seconds
         self._total = 0
         self._is_complete = False
-        self.size = 0  # that is counted
+        self.size = self.uploaded = 0  # that is counted
         self.error: ApiError | None = None
 
     async def receive(self) -> Message:
@@ -145,7 +194,10 @@ class _Body:
             self._total += new
             if self._total > self._most:
                 raise _too_large(self._most)
-            if not self._is_upload:
+            if self._is_upload:
+                self.uploaded += new
+                self._guard.upload(new, 0)
+            else:
                 self.size += new
                 self._guard.add(new)
         return message
@@ -174,6 +226,7 @@ def protocol(limits: Limits) -> type[asyncio.Protocol]:
 
     class Protocol(H11Protocol):
         _timer: asyncio.TimerHandle | None = None
+        _stuck: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -194,7 +247,18 @@ def protocol(limits: Limits) -> type[asyncio.Protocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop()
+            self.resume_writing()
             super().connection_lost(exc)
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._stuck = self.loop.call_later(limits.body_seconds, self.transport.abort)  # who does not read
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            if self._stuck is not None:
+                self._stuck.cancel()
+                self._stuck = None
 
         def _wait(self) -> None:
             self._timer = self.loop.call_later(limits.head_seconds, self.transport.close)
@@ -211,7 +275,7 @@ def _full() -> bytes:
     content = json.dumps(errors.body(429, "there are too many connections: try again later", "connections_full")).encode()
     head = (
         f"HTTP/1.1 429 Too Many Requests\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n"
-        f"Retry-After: {_RETRY_SECONDS}\r\nConnection: close\r\n\r\n"
+        f"Retry-After: {RETRY_SECONDS}\r\nConnection: close\r\n\r\n"
     )
     return head.encode() + content
 

@@ -17,7 +17,7 @@ from lmm_jax.data.conversation import IMAGE, VIDEO, Message, with_placeholders
 from lmm_jax.inference.assistant import Conversation
 from lmm_jax.serve import schema
 from lmm_jax.serve.decoding import Clip, Decoders
-from lmm_jax.serve.errors import ApiError
+from lmm_jax.serve.errors import RETRY_SECONDS, ApiError
 from lmm_jax.serve.fetching import fetch, is_public
 from lmm_jax.serve.files import FileStore, Upload
 from lmm_jax.serve.limits import Limits
@@ -106,6 +106,9 @@ class MediaReader:
         """A picture, or a part of a video, whose frames lie beside `at` until who called removes them."""
         if clip is None:
             return await self._decoders.picture(path)
+        while self._decoders.held > 1e6 * self._limits.decoded_mb:
+            if not self.store.forget():
+                raise ApiError(429, "too many videos are asked about at once: try again later", retry_after=RETRY_SECONDS)
         return await self._decoders.video(path, clip, at.with_suffix(".frames"))
 
     async def _fetch(self, url: str, at: Path) -> None:

@@ -97,13 +97,18 @@ class Turn(_Given):
     content: Text | list[Part] | None = None
     name: Text | None = Field(None, description="Has no effect.")
     refusal: Text | None = Field(None, description="Has no effect.")
+    # what answers have, given back with nothing in it
+    annotations: list[Any] | None = Field(None, max_length=0)
+    tool_calls: list[Any] | None = Field(None, max_length=0)
+    audio: None = None
+    function_call: None = None
 
 
 class StreamOptions(_Given):
     """What a stream holds."""
 
-    include_usage: bool = False
-    include_obfuscation: bool = False
+    include_usage: bool | None = False
+    include_obfuscation: bool | None = False
 
 
 class TextFormat(_Given):
@@ -128,7 +133,7 @@ class MediaKwargs(_Given):
 class ChatRequest(_Given):
     """A conversation that ends with a question."""
 
-    model: Text = Field("", description="The served model's name, or empty.")
+    model: Text | None = Field(None, description="The served model's name, or empty.")
     messages: list[Turn] = Field(min_length=1, max_length=1024)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -141,14 +146,17 @@ class ChatRequest(_Given):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     media_io_kwargs: MediaKwargs | None = None
-    ignore_eos: bool = Field(False, description="Go on after an end token, up to max_tokens; to measure with.")
+    ignore_eos: bool | None = Field(False, description="Go on after an end token, up to max_tokens; to measure with.")
     timeout: float | None = Field(None, gt=0, description="Seconds for this request; at most the server's.")
     # taken where they ask for nothing that is not done
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
     logit_bias: dict[str, Any] | None = Field(None, max_length=0)
     logprobs: Literal[False] | None = None
+    top_logprobs: Literal[0] | None = None
     tools: list[Any] | None = Field(None, max_length=0)
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
     response_format: TextFormat | None = None
     modalities: list[Literal["text"]] | None = None
     user: Text | None = None

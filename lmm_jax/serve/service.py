@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -14,11 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from lmm_jax.data.conversation import Message, with_placeholders
-from lmm_jax.errors import UserError
+from lmm_jax.errors import DeadlineError, UserError
 from lmm_jax.inference.assistant import Assistant, Conversation
 from lmm_jax.inference.engine import Request
-from lmm_jax.inference.live import Began, Event, Live, Tokens
+from lmm_jax.inference.live import Live
 from lmm_jax.inference.sampling import Sampling
+from lmm_jax.inference.tickets import Began, Event, Tokens
 from lmm_jax.serve.decoding import Decoders
 from lmm_jax.serve.errors import ApiError, as_api_error
 from lmm_jax.serve.fetching import is_public
@@ -28,7 +30,9 @@ from lmm_jax.serve.media import MediaReader
 from lmm_jax.serve.metrics import Metrics
 from lmm_jax.serve.words import Words
 
-NEW_TOKENS = 1024  # where a client does not say how many
+log = logging.getLogger("uvicorn.error")  # which its users see
+NEW_TOKENS = 512  # where a client does not say how many
+_GRACE_SECONDS = 1.0  # for the engine to say first that it is too late
 _WARM_SECONDS = 3600.0  # large models take long to compile
 _CHARACTERS = 64  # of a token at most, so that a text that is far too long is not tokenised
 
@@ -60,12 +64,12 @@ class Reply:
       first_token, total: seconds since the request was made.
     """
 
-    def __init__(self, words: Words, metrics: Metrics) -> None:
-        """Made by `Service.replies`, from inside an event loop."""
+    def __init__(self, words: Words, metrics: Metrics, seconds: float, log: Callable[[str], None]) -> None:
+        """Made by `Service.replies`, from inside an event loop; `log` takes the whole text."""
+        self._until, self._log = asyncio.get_running_loop().time() + seconds + _GRACE_SECONDS, log
         self._words, self._metrics, self._loop = words, metrics, asyncio.get_running_loop()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._start = time.monotonic()
-        self._has_ended = False
         self.cancel: Callable[[], None] = lambda: None
         self.finish_reason = "length"
         self.tokens = 0
@@ -78,9 +82,10 @@ class Reply:
 
     async def pieces(self) -> AsyncIterator[str]:
         """The text; who stops listening ends the answer. Raises ApiError."""
+        text, has_left = [], True
         try:
             while not self._words.is_stopped:
-                event = await self._events.get()
+                event = await self._next()
                 self.total = time.monotonic() - self._start
                 if isinstance(event, Began):
                     self.waited, self.encode = event.waited, event.encode_seconds
@@ -88,22 +93,33 @@ class Reply:
                     self.first_token = self.first_token or self.total
                     self.tokens += len(event.ids)
                     if piece := self._words.push(event.ids):
+                        text.append(piece)
                         yield piece
                 elif event.error:
+                    has_left = False
                     raise as_api_error(event.error)
                 else:
                     break
             self.finish_reason = "stop" if self._words.is_stopped else "length"
             if piece := self._words.flush():
+                text.append(piece)
                 yield piece
-            self._has_ended = True
+            has_left = False
+            self._log("".join(text))
             self._metrics.first_token.observe(self.first_token)
             self._metrics.answer.observe(self.total)
         finally:
             self.cancel()
             self._metrics.tokens.inc(self.tokens)
-            if not self._has_ended:
-                self._metrics.cancelled.inc()
+            self._metrics.cancelled.inc(has_left)
+
+    async def _next(self) -> Event:
+        """A deadline holds even while the engine's thread is busy, with compiling perhaps."""
+        try:
+            async with asyncio.timeout_at(self._until):
+                return await self._events.get()
+        except TimeoutError:
+            raise as_api_error(DeadlineError()) from None
 
 
 class Service:
@@ -126,6 +142,7 @@ class Service:
         name: str,
         template: str | None = None,
         allows_remote: bool = False,
+        logs_prompts: bool = False,
         allows_address: Callable[[str], bool] = is_public,
     ) -> None:
         """Starts the engine's thread.
@@ -137,13 +154,14 @@ class Service:
           name: of the model, as clients see it.
           template: of prompts; None is the model's own.
           allows_remote: whether pictures and videos are fetched from other servers.
-          allows_address: from which, see `fetching.is_public`.
+          logs_prompts: whether what is asked and answered goes to the log.
+          allows_address: which servers may be fetched from, see `fetching.is_public`.
 
         Raises:
           UserError: the model has no tokenizer.
         """
         self.assistant, self.limits, self.folder, self.name = assistant, limits, folder, name
-        self._template = template
+        self._template, self._logs_prompts = template, logs_prompts
         self.created = int(time.time())
         self.metrics = Metrics()
         self._stop_ids = assistant.stop_ids(template)
@@ -164,6 +182,7 @@ class Service:
         characters, most = sum(len(m.content) for m in conversation.messages), self.limits.prompt_tokens
         if characters > _CHARACTERS * most:
             raise _too_long(f"{characters} characters", most)
+        self._log("asked: " + " | ".join(f"{m.role}: {m.content}" for m in conversation.messages))
         loop = asyncio.get_running_loop()
         request = await loop.run_in_executor(
             self._tokenizing,
@@ -187,12 +206,17 @@ class Service:
         self.metrics.prompt_tokens.inc(self.length(prompt))
         for number in range(wanted.count):
             end_ids = () if wanted.sampling.ignore_eos else self._stop_ids
-            reply = Reply(Words(self.assistant.tokenizer, end_ids, wanted.stops), self.metrics)
+            words = Words(self.assistant.tokenizer, end_ids, wanted.stops)
+            reply = Reply(words, self.metrics, wanted.seconds, lambda text: self._log(f"answered: {text}"))
             sampling = dataclasses.replace(wanted.sampling, seed=(wanted.sampling.seed + number) % 2**31)
             ticket = self.live.submit(dataclasses.replace(prompt, sampling=sampling), reply.tell, wanted.seconds)
             reply.cancel = ticket.cancel
             replies.append(reply)
         return replies
+
+    def _log(self, text: str) -> None:
+        if self._logs_prompts:
+            log.info(text)
 
     async def warm_up(self) -> None:
         """Answers once, about a black picture: returns when the model and the decoders work. Raises UserError where not."""

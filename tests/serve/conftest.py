@@ -52,11 +52,12 @@ def running(assistant, folder, *, api_key=None, page=False, settings=None, **lim
     most = Limits(**limits)
     service = Service(assistant, most, folder, name="demo", **(settings or {}))
     application = app.create(service, api_key=api_key, drain_seconds=5)
+    closing = []
     if page:
         from lmm_jax.serve.page import mount
 
-        (folder / "examples").mkdir()
-        application = mount(application, service, folder / "examples", api_key)
+        application, close_pages = mount(application, service, api_key)
+        closing.append(close_pages)
     listening = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(application, http=guards.protocol(most), ws="none", log_level="warning")
     server = uvicorn.Server(config)
@@ -66,9 +67,11 @@ def running(assistant, folder, *, api_key=None, page=False, settings=None, **lim
         until(lambda: server.started or not thread.is_alive())
         yield Server(service, listening.getsockname()[1])
     finally:
+        for close in closing:
+            close()
         server.should_exit = True
         thread.join(60)
-        assert not thread.is_alive() and not service.live.is_alive
+        assert not thread.is_alive() and not service.live.is_well
 
 
 @pytest.fixture(scope="session")

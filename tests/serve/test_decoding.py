@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import gc
 import io
+import multiprocessing
 import os
 import struct
 import zlib
@@ -84,6 +86,31 @@ def test_workers_that_crash_hang_or_swallow_memory_are_replaced(decoders, media)
         return await workers.picture(media / "shapes.png")
 
     assert asyncio.run(attack()).dtype == np.uint8
+
+
+def test_a_worker_that_dies_while_it_has_nothing_to_do(decoders, media):
+    workers = decoders(decoders=2)
+
+    async def attack():
+        await workers.picture(media / "shapes.png")
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        await asyncio.sleep(0.5)
+        return await workers.picture(media / "shapes.png")
+
+    assert asyncio.run(attack()).dtype == np.uint8
+
+
+def test_frames_count_as_long_as_somebody_has_them(decoders, media, tmp_path):
+    workers = decoders()
+    frames = asyncio.run(workers.video(media / "moving.mp4", Clip(), tmp_path / "frames"))
+    assert workers.held == sum(frame.nbytes for frame in frames)
+    one = frames.pop()
+    del frames
+    assert workers.held > 0
+    del one
+    gc.collect()
+    assert workers.held == 0
 
 
 def test_a_client_that_leaves_stops_its_decoder(decoders, media):

@@ -1,7 +1,10 @@
 """The page in a real browser: Debian's or any other Chromium that is installed."""
 
+import itertools
+import random
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -103,12 +106,56 @@ def test_the_page_wants_the_key(start):
         assert client.post("/login", data={"username": "a", "password": "s3cret"}).status_code == 200
 
 
+OUTSIDE = ("/etc/hostname", "../../../etc/hostname", "http://example.com/x.png", "http://127.0.0.1:1/x.png")
+
+
 def test_nothing_of_the_servers_disk_or_network_comes_through_the_page(start):
-    """What Gradio offers beside the page itself."""
+    """By the routes that Gradio offers, and by files that a browser names in its place."""
     server = start(page=True)
+    secret = Path("/etc/hostname").read_text().strip()
+    before = {p for p in server.service.folder.rglob("*") if p.is_file()}
     with server.http(follow_redirects=False) as client:
-        for path in ("/etc/passwd", "pyproject.toml", "../../etc/passwd", "http://127.0.0.1:1/x", "//etc/passwd"):
+        for path in (*OUTSIDE, "pyproject.toml", f"{server.service.folder}/page/../../../../etc/hostname"):
             for route in (f"/gradio_api/file={path}", f"/file={path}", f"/gradio_api/proxy={path}"):
                 response = client.get(route)
-                assert response.status_code >= 300 and "root:" not in response.text and "[project]" not in response.text
-        assert client.get("/gradio_api/info").json().get("named_endpoints") in ({}, None)
+                assert response.status_code >= 300 and secret not in response.text and "[project]" not in response.text
+        for route in ("run-history", "process_recording", "component_server", "dev/reload", "monitoring", "deep_link"):
+            assert client.get(f"/gradio_api/{route}").status_code == 404
+            assert client.post(f"/gradio_api/{route}", json={}).status_code == 404
+        dependencies = client.get("/config").json()["dependencies"]
+        for number, path in itertools.product(range(len(dependencies)), OUTSIDE):
+            file = {"path": path, "url": path, "meta": {"_type": "gradio.FileData"}}
+            shown = [{"role": "user", "content": [{"type": "file", "file": file}]}]
+            given = [{"text": "What?", "files": [file]}, shown, file, None][: len(dependencies[number]["inputs"])]
+            told = ""
+            for data in (given, [shown] * len(given), [file] * len(given)):
+                body = {"data": data, "fn_index": number, "session_hash": "abc", "event_data": None, "trigger_id": 1}
+                told += client.post("/gradio_api/run/predict", json=body).text
+                told += client.post("/gradio_api/queue/join", json=body).text
+            assert secret not in told
+        with client.stream("GET", "/gradio_api/queue/data?session_hash=abc") as stream:
+            for line in stream.iter_lines():
+                assert secret not in line and "hostname" not in line
+                if "close_stream" in line:
+                    break
+    new = {p for p in server.service.folder.rglob("*") if p.is_file()} - before
+    assert not any(secret in p.read_bytes().decode("latin-1") for p in new)
+
+
+def test_pages_of_other_servers_may_not_use_this_one(start):
+    server = start(page=True)
+    with server.http() as client:
+        for path in ("/v1/files", "/v1/chat/completions", "/gradio_api/upload", "/gradio_api/queue/join"):
+            foreign = client.post(path, headers={"Origin": "https://example.com"}, content=b"{}")
+            assert foreign.status_code == 403 and foreign.json()["error"]["code"] == "foreign_page"
+            assert client.post(path, headers={"Origin": server.url}, content=b"{}").status_code != 403
+
+
+def test_random_bodies_to_the_page(start):
+    server, random_of = start(page=True), random.Random(5)
+    with server.http() as client:
+        for _ in range(150):
+            near = b'{"data": [[[]]], "fn_index": %d}' % random_of.randrange(-3, 9)
+            route = random_of.choice(("run/predict", "queue/join", "upload", "cancel", "reset"))
+            client.post(f"/gradio_api/{route}", content=random_of.choice((random_of.randbytes(100), near)))
+        assert client.get("/health").json() == {"status": "ok"} and client.get("/").status_code == 200
