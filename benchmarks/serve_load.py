@@ -105,6 +105,7 @@ async def measure(url: str, questions: list[dict[str, Any]], video: bytes, clien
         alone = [await one_by_one(client, questions, right)]
         found = await crowd(client, questions, right, long, right_long, clients, seconds)
         alone.append(await one_by_one(client, questions, right))
+        found["freed_seconds"] = [await leave(client, questions[-1]) for _ in range(10)]
         health = await client.get("/health")
     single = statistics.mean(len(questions) / sum(times) for times in alone)
     lone = [t for times in alone for t in times]
@@ -174,6 +175,18 @@ async def crowd(
     }
 
 
+async def leave(client: httpx.AsyncClient, question: dict[str, Any]) -> float:
+    """Seconds from when a client leaves in the middle of a stream until its slot is free."""
+    async with client.stream("POST", "/v1/chat/completions", json=question | {"max_tokens": 1024, "stream": True}) as stream:
+        lines = stream.aiter_lines()
+        while '"content":"' not in (await anext(lines)).replace('"content":""', ""):
+            pass
+    start = time.perf_counter()
+    while "lmm_running 0.0" not in (await client.get("/metrics")).text:
+        pass
+    return round(time.perf_counter() - start, 3)
+
+
 def percentiles(times: list[float]) -> dict[str, float]:
     """Seconds."""
     return {f"p{p}": round(float(np.percentile(times, p)), 3) for p in (50, 99)} if times else {}
@@ -192,6 +205,10 @@ def table(found: dict[str, Any]) -> str:
     lines.append(f"| {many}, short answers | | {seconds(found['short'])}")
     lines.append(f"| {many}, forced to 256 tokens | | {seconds(found['forced'])}")
     lines.append(f"| {many}, the video of ten minutes | | {seconds(found['long_video'])}")
+    lines += [
+        "",
+        f"A client that left in the middle of a stream: its slot was free after {max(found['freed_seconds'])} s at most.",
+    ]
     lines += ["", f"{found['answers']} answers, {found['wrong']} wrong; {found['ratio']} times one at a time."]
     return "\n".join(lines)
 
