@@ -106,6 +106,7 @@ def assert_equal_runs(whole, killed):
     assert_tidy(killed.folder)
 
 
+@pytest.mark.slow
 def test_two_kills(records, tmp_path):
     """One while it trains, one while it writes the model folder."""
     whole, killed = (small(tmp_path / name, records, data={"epochs": 2}) for name in ("whole", "killed"))

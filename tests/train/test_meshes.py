@@ -83,6 +83,7 @@ def test_work_does_not_depend_on_the_mesh():
     assert one.model_flops < one.executed_flops < 2 * one.model_flops  # remat full
 
 
+@pytest.mark.slow
 def test_remat_trades_memory_for_products():
     works = [roofline.work(*planned("data=1", run(remat=remat))) for remat in REMAT]
     none, full, *_ = works

@@ -107,7 +107,9 @@ def test_stage_1_changes_the_projector_alone(start, projected):
     assert {a.dtype for name, a in after.items() if name.startswith("layers.")} == {np.dtype(np.float16)}
 
 
-@pytest.mark.parametrize("init", ["random", "llm_first_layers", "identity"])
+@pytest.mark.parametrize(
+    "init", ["llm_first_layers", *(pytest.param(i, marks=pytest.mark.slow) for i in ("random", "identity"))]
+)
 def test_stage_2_adds_and_trains(pictures, projected, tmp_path, init):
     begin = {"scratch": None, "tokenizer": "", "folder": str(projected / "model"), "prefusion_init": init}
     config = small(tmp_path / "run", pictures, max_steps=2, start=begin | {"compressor_size": 1, "prefusion_layers": 2})

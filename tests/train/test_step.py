@@ -145,7 +145,11 @@ def assert_same(got, expected, tolerance):
 
 @pytest.mark.parametrize(
     "settings",
-    ({"parts": 2, "chunk": 5}, *({"remat": kind} for kind in REMAT[1:])),
+    (
+        {"parts": 2, "chunk": 5},
+        {"remat": "full"},
+        *(pytest.param({"remat": kind}, marks=pytest.mark.slow) for kind in REMAT[1:] if kind != "full"),
+    ),
     ids=lambda s: "-".join(f"{k}-{v}" for k, v in s.items()),
 )
 def test_the_same_step_cut_differently(example, settings):
