@@ -47,6 +47,11 @@ class State:
 
     shown: tuple[dict[str, Any], ...] = ()
     said: Conversation = Conversation()
+    growing: str = ""  # the answer that is on its way
+
+    def messages(self) -> list[dict[str, Any]]:
+        """All that is shown."""
+        return [*self.shown, *([{"role": "assistant", "content": self.growing}] if self.growing else [])]
 
 
 def mount(app: FastAPI, service: Service, api_key: str | None) -> tuple[FastAPI, Callable[[], None]]:
@@ -122,10 +127,12 @@ def _blocks(service: Service, folder: Path) -> gr.Blocks:
 
         async def answer(given: dict[str, Any], state: State) -> AsyncIterator[tuple]:
             async for now in _answer(service, given, state):
-                yield list(now.shown), now, gr.update(value=None), gr.update(visible=False)
+                yield now.messages(), now, gr.update(value=None), gr.update(visible=False)
 
         def forget(state: State) -> tuple[list[Any], State]:
-            return [*state.shown, {"role": "assistant", "content": _STOPPED}], state
+            if state.shown and state.shown[-1]["role"] == "user":  # an answer was on its way
+                state = State((*state.shown, {"role": "assistant", "content": _STOPPED}), state.said)
+            return list(state.shown), state
 
         hidden = {"api_visibility": "private"}
         asked = box.submit(answer, [box, state], [chat, state, box, looks], show_progress="hidden", **hidden)
@@ -164,7 +171,7 @@ async def _answer(service: Service, given: dict[str, Any], state: State) -> Asyn
         async with contextlib.aclosing(reply.pieces()) as pieces:
             async for piece in pieces:
                 words += piece
-                yield State((*shown, {"role": "assistant", "content": words}), state.said)
+                yield State(shown, state.said, words)
     except (UserError, TimeoutError) as error:
         told = str(as_api_error(error)) if isinstance(error, UserError) else "The files took too long to read."
         raise gr.Error(told, print_exception=False) from error
