@@ -168,9 +168,8 @@ def test_own_limit_replaces_pillows_warning(fmt, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert load_image(data, upright=True).size == (60, 40)
-        monkeypatch.setattr(module, "MAX_PIXELS", 2000)
         with pytest.raises(UserError, match="60x40"):
-            load_image(data, upright=True)
+            load_image(data, upright=True, max_pixels=2000)
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
         with pytest.raises(UserError, match="too many pixels"):
             load_image(data, upright=True)
