@@ -6,6 +6,7 @@ import os
 import socket
 import threading
 
+import httpx
 import openai
 import pytest
 from serve.conftest import head, until, user
@@ -127,7 +128,15 @@ def test_too_many_connections(start):
             got = receive(one_more)
             assert b"429" in got and b"connections_full" in got
         assert open_ones
-    until(lambda: server.post(SHORT).status_code == 200)
+    until(lambda: works(server))
+
+
+def works(server):
+    """Whether it answers; connections that were closed may count for a moment."""
+    try:
+        return server.post(SHORT).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def test_limits_must_be_positive():
