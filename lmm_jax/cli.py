@@ -74,6 +74,7 @@ def _parser(evaluation: bool) -> argparse.ArgumentParser:
     ask.add_argument("--fps", type=float, metavar="N", help="frames taken per second of video (1)")
     ask.add_argument("--json", action="store_true", help="print one JSON object: answer, finish_reason, tokens")
     _model_options(ask)
+    _answer_options(ask)
     ask.set_defaults(run=_ask)
 
     chat = commands.add_parser(
@@ -83,6 +84,7 @@ def _parser(evaluation: bool) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _model_options(chat)
+    _answer_options(chat)
     chat.set_defaults(run=_chat)
 
     serve = commands.add_parser(
@@ -91,7 +93,7 @@ def _parser(evaluation: bool) -> argparse.ArgumentParser:
     from lmm_jax.serve.command import add_options
 
     add_options(serve)
-    _load_options(serve)
+    _model_options(serve)
     serve.set_defaults(run=_serve)
 
     from lmm_jax.analysis.command import add_parsers
@@ -106,7 +108,7 @@ def _parser(evaluation: bool) -> argparse.ArgumentParser:
     return parser
 
 
-def _load_options(parser: argparse.ArgumentParser) -> None:
+def _model_options(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("--model", metavar="DIR", help="a model folder, made by python -m conversion from-hf (the demo model)")
     model.add_argument("--mesh", metavar="SIZES", help="devices to use, as data=1,fsdp=8,tensor=1 (one device)")
@@ -116,8 +118,7 @@ def _load_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--template", choices=TEMPLATES, help="prompt template (the model's own)")
 
 
-def _model_options(parser: argparse.ArgumentParser) -> None:
-    _load_options(parser)
+def _answer_options(parser: argparse.ArgumentParser) -> None:
     answer = parser.add_argument_group("answer")
     answer.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (512)")
     answer.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (0)")
@@ -133,12 +134,10 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
 def _serve(args: argparse.Namespace) -> None:
     from lmm_jax.serve.command import serve
 
-    serve(args, lambda: _loaded(args))
+    serve(args, lambda: _load_model(args))
 
 
 def _load(args: argparse.Namespace) -> Assistant:
-    if args.model is None:
-        warnings.warn("without --model DIR the demo model answers, which knows coloured shapes only", stacklevel=2)
     # so many things are checked before seconds of imports and loading
     from lmm_jax.data.image import existing_file
 
@@ -149,10 +148,12 @@ def _load(args: argparse.Namespace) -> Assistant:
     from lmm_jax.inference.sampling import Sampling
 
     Sampling(**_sampling(args))
-    return _loaded(args)
+    return _load_model(args)
 
 
-def _loaded(args: argparse.Namespace) -> Assistant:
+def _load_model(args: argparse.Namespace) -> Assistant:
+    if args.model is None:
+        warnings.warn("without --model DIR the demo model answers, which knows coloured shapes only", stacklevel=2)
     from lmm_jax import load
 
     return load(args.model, mesh=args.mesh, dtype=args.dtype, quantize=args.quantize, kv_cache=args.kv_cache)

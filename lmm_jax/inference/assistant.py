@@ -20,13 +20,14 @@ from lmm_jax.config import TEMPLATES, ModelConfig
 from lmm_jax.data.conversation import Message, render, video_place, with_placeholders
 from lmm_jax.data.frames import FrameFolder
 from lmm_jax.data.image import load_image, preprocess
-from lmm_jax.data.tokenize import StreamDecoder, Tokenizer, stop_token_ids
+from lmm_jax.data.tokenize import Tokenizer, stop_token_ids
 from lmm_jax.data.video import FrameStream, stream_frames
 from lmm_jax.errors import UserError
 from lmm_jax.inference import arrays
 from lmm_jax.inference.engine import MAX_BATCH, Engine, Request
 from lmm_jax.inference.images import Medium
 from lmm_jax.inference.sampling import Sampling
+from lmm_jax.inference.words import Words
 
 Picture = str | os.PathLike | bytes | Image.Image | np.ndarray  # an array: what `Assistant.read_picture` gives
 Frames = list[np.ndarray]  # what `Assistant.read_video` gives
@@ -212,18 +213,15 @@ class Assistant:
                 yield i, self._answer(ids, stop)
 
     def stream_answer(self, conversation: Conversation, *, template: str | None = None, **sampling: Any) -> Iterator[str]:
-        """The answer to a conversation that ends with a question, in pieces; their sum, stripped, is the answer's text."""
+        """The answer to a conversation that ends with a question, in pieces; their sum is the answer's text."""
         settings, stop = _sampling(sampling), self.stop_ids(template)
-        decoder, blank = StreamDecoder(self.tokenizer), True
+        words = Words(self.tokenizer, stop)
         with contextlib.ExitStack() as stack:
             request = self.request(conversation, template, settings, stack)
             for token in self.engine.stream(request, stop):
-                piece = decoder.push(token) if token not in stop else decoder.flush()
-                piece = piece.lstrip() if blank else piece
-                blank = blank and not piece
-                if piece:
+                if piece := words.push([token]):
                     yield piece
-        if rest := decoder.flush():
+        if rest := words.flush():
             yield rest
 
     # ---- what the engine takes --------------------------------------------------------------------------------------
@@ -341,7 +339,7 @@ class Chat:
         **sampling: Any,
     ) -> str:
         """The next answer; arguments as for `Assistant.ask`. A question that fails leaves the conversation as it was."""
-        return "".join(self.stream(question, images, video, **sampling)).strip()
+        return "".join(self.stream(question, images, video, **sampling))
 
     def stream(
         self,
@@ -356,7 +354,7 @@ class Chat:
         for piece in self._assistant.stream_answer(asked, template=self._template, **sampling):
             pieces.append(piece)
             yield piece
-        answer = Message("assistant", "".join(pieces).strip())
+        answer = Message("assistant", "".join(pieces))
         self.conversation = Conversation((*asked.messages, answer), asked.media)
 
 

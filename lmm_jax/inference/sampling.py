@@ -49,9 +49,7 @@ class Sampling:
 
 @struct.dataclass
 class Sampler:
-    """Settings of a batch: temperature (B,), top_p (B,) float32; top_k (B,) int32; seed (B,) uint32; ignore_eos (B,)
-    bool.
-    """
+    """Settings of a batch: temperature, top_p (B,) float32; top_k (B,) int32; seed (B,) uint32; ignore_eos (B,) bool."""
 
     temperature: jax.Array
     top_p: jax.Array

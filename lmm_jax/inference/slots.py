@@ -2,7 +2,7 @@
 
     decoder input ─ prefill ─► keys, values, first token ─ insert ─► slots ─ decode … decode ─► tokens of finished rows
 
-Three jitted programs. A finished row's slot is free at once, so short and long answers share the device without waiting for
+Jitted programs. A finished row's slot is free at once, so short and long answers share the device without waiting for
 each other. The cache is donated from program to program and lies in memory once; only while it is made larger or smaller
 (move) there are two.
 

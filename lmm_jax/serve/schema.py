@@ -123,6 +123,12 @@ class VideoKwargs(_Given):
     num_frames: int | None = Field(None, ge=-1, description="So many, spread over the whole; -1: all.")
     fps: float | None = Field(None, gt=0, le=1000)
 
+    @model_validator(mode="after")
+    def _some(self) -> VideoKwargs:
+        if self.num_frames == 0:
+            raise ValueError("num_frames is 0: expected -1 or at least 1")
+        return self
+
 
 class MediaKwargs(_Given):
     """For all media of a request."""

@@ -21,6 +21,7 @@ from lmm_jax.inference.engine import Request
 from lmm_jax.inference.live import Live
 from lmm_jax.inference.sampling import Sampling
 from lmm_jax.inference.tickets import Began, Event, Tokens
+from lmm_jax.inference.words import Words
 from lmm_jax.serve.decoding import Decoders
 from lmm_jax.serve.errors import ApiError, as_api_error
 from lmm_jax.serve.fetching import is_public
@@ -28,7 +29,6 @@ from lmm_jax.serve.files import FileStore
 from lmm_jax.serve.limits import Limits
 from lmm_jax.serve.media import MediaReader
 from lmm_jax.serve.metrics import Metrics
-from lmm_jax.serve.words import Words
 
 log = logging.getLogger("uvicorn.error")  # which its users see
 NEW_TOKENS = 512  # where a client does not say how many
@@ -60,7 +60,7 @@ class Reply:
     Attributes:
       finish_reason: "stop" or "length", once all pieces came.
       tokens: generated.
-      waited, encode: seconds, see `live.Began`.
+      waited, encode: seconds, see `tickets.Began`.
       first_token, total: seconds since the request was made.
     """
 

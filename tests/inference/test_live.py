@@ -5,17 +5,20 @@ import threading
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from inference.test_engine import STOP, mixed_requests, picture, prompt
 
 import lmm_jax
+from lmm_jax.config import named_sizes
 from lmm_jax.errors import DeadlineError, UserError
 from lmm_jax.inference import live as live_module
-from lmm_jax.inference.engine import Request
+from lmm_jax.inference.engine import Engine, Request
 from lmm_jax.inference.live import Live
 from lmm_jax.inference.sampling import Sampling
-from lmm_jax.inference.tickets import Began, Ended, Tokens
+from lmm_jax.inference.tickets import Began, Ended, Ticket, Tokens
+from lmm_jax.sharding import make_mesh
 
 
 class Listener:
@@ -200,6 +203,17 @@ def test_slots_grow_and_shrink_with_what_is_asked(engine, start, monkeypatch):
         until(lambda: live._sizes[0] == 1 or long.ended.is_set())
     alone = engine.generate([Request(prompt(0, 9, 0), (), Sampling(1500, temperature=2.0, seed=1))], STOP)[0]
     assert long.wait() == alone
+
+
+@pytest.mark.parametrize("new, at_once", [(512, 8), (100, 32), (5000, 2)])
+def test_how_many_requests_of_a_large_model_share_its_cache(new, at_once):
+    """4 GiB of Vicuna-7B are 8,192 positions in bfloat16."""
+    config = named_sizes()["llava-mini-vicuna-7b"]
+    live = Live(Engine(config, None, make_mesh(None), dtype=jnp.bfloat16), STOP)
+    limit = min(new, config.decoder.max_position_embeddings - 60)
+    tickets = [Ticket(Request(np.full(60, 5)), print, (60, limit), None) for _ in range(32)]
+    fitting = max(n for n in range(1, 33) if live._fits(tickets[:n]))
+    assert live.close() and fitting == at_once
 
 
 def test_closing_finishes_what_runs_and_takes_no_more(engine):

@@ -159,6 +159,7 @@ def test_uploads_are_asked_about_until_they_are_deleted(server, ask, alone, medi
         ({"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, "tools"),
         ({"messages": [{"role": "user", "content": "x"}], "logprobs": True}, "logprobs"),
         ({"messages": [{"role": "user", "content": "x"}], "unheard_of": 1}, "unheard_of"),
+        ({"messages": [user("x")], "media_io_kwargs": {"video": {"num_frames": 0}}}, "num_frames"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "end with an answer"),
         ({"messages": [{"role": "user", "content": "<image> what?"}]}, "placeholder"),
         ({"messages": [{"role": "user", "content": "word " * 3000}]}, "context"),

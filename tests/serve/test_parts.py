@@ -7,12 +7,12 @@ import pytest
 
 import lmm_jax
 from lmm_jax.errors import UserError
+from lmm_jax.inference.words import Words
 from lmm_jax.serve import schema
 from lmm_jax.serve.errors import ApiError
 from lmm_jax.serve.files import FileStore
 from lmm_jax.serve.limits import Limits
 from lmm_jax.serve.media import told
-from lmm_jax.serve.words import Words
 
 PICTURE = {"type": "image_url", "image_url": {"url": "data:,"}}
 CLIP = {"type": "video_url", "video_url": {"url": "data:,"}}

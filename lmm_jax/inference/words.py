@@ -14,7 +14,7 @@ class Words:
       is_stopped: a stop text or an end token came.
     """
 
-    def __init__(self, tokenizer: Tokenizer, end_ids: Collection[int], stops: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, end_ids: Collection[int], stops: Sequence[str] = ()) -> None:
         """`stops` are texts that end the answer and are not part of it."""
         self._decoder, self._end_ids, self._stops = StreamDecoder(tokenizer), end_ids, stops
         self._held, self._is_blank, self._is_cut = "", True, False
