@@ -193,14 +193,14 @@ def initial_state(setup: Setup, abstract: TrainState) -> TrainState:
 
 def digest(params: Params) -> str:
     """Of the bits of parameters: the same on every mesh, in practice another one for other parameters."""
-
-    @jax.jit
-    def total(leaf: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")).astype(jnp.uint32)
-        return bits.sum(dtype=jnp.uint32)
-
-    sums = {path: int(total(leaf)) for path, leaf in sorted(params.items())}
+    sums = {path: int(_sum_of_bits(leaf)) for path, leaf in sorted(params.items())}
     return hashlib.blake2b(json.dumps(sums).encode(), digest_size=16).hexdigest()
+
+
+@jax.jit
+def _sum_of_bits(leaf: jax.Array) -> jax.Array:
+    bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")).astype(jnp.uint32)
+    return bits.sum(dtype=jnp.uint32)
 
 
 def _dtype_of(setup: Setup) -> Callable[[str], Any]:

@@ -11,7 +11,9 @@ image, D width.
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -100,13 +102,9 @@ class Engine:
         self._model = LlavaMini(config, dtype, attention)
         self._multiple = sharding.batch_multiple(mesh)
         self.images = ImageSide(self._model, mesh, prefix_cache_bytes)
-        self._place_text = jax.jit(self._place_mean)
-        self._place_vision = jax.jit(
-            lambda x, tokens, index: self._apply({}, "place_vision", x, rearrange(tokens, "n v d -> 1 (n v) d"), index)
-        )
-        self.programs = Programs(self._model, mesh, kv_cache or dtype, apart=apart.is_apart((params or {}).get("layers")))
-        self._all_logits = jax.jit(lambda params, x: self._apply(params, "decode", x)[0])
-        self._loss = jax.jit(lambda params, x, labels: next_token_loss(self._apply(params, "decode", x)[0], labels))
+        self._place_text, self._place_vision, self._all_logits, self._loss = _jitted(self._model)
+        shared = _programs(self._model, mesh, jnp.dtype(kv_cache or dtype), apart.is_apart((params or {}).get("layers")))
+        self.programs = copy.copy(shared)  # so that to replace one touches no other engine
 
     # ---- what people call -----------------------------------------------------------------------------------------
 
@@ -290,16 +288,35 @@ class Engine:
     def _embed(self, requests: Sequence[Request], between: Callable[[], None] = lambda: None) -> tuple[jax.Array, Layout]:
         return self.embed([r.row() for r in requests], [r.media for r in requests], between)
 
-    # ---- the programs ---------------------------------------------------------------------------------------------
 
-    def _apply(self, params: Any, method: str, *args: Any, **kwargs: Any) -> Any:
-        return self._model.apply({"params": params}, *args, method=method, **kwargs)
+# ---- the programs: engines of the same model share what is compiled -------------------------------------------------
 
-    def _place_mean(
-        self, params: Any, ids: jax.Array, total: jax.Array | None, images: jax.Array, fused_index: jax.Array
+
+@functools.lru_cache(maxsize=8)
+def _programs(model: LlavaMini, mesh: Mesh, cache_dtype: jnp.dtype, is_apart: bool) -> Programs:
+    return Programs(model, mesh, cache_dtype, apart=is_apart)
+
+
+@functools.lru_cache(maxsize=8)
+def _jitted(model: LlavaMini) -> tuple[Callable[..., Any], ...]:
+    """Text into place; vision tokens into place; logits at every position; sum and number of the labels' cross-entropies."""
+
+    def place_text(
+        params: Any, ids: jax.Array, total: jax.Array | None, images: jax.Array, fused_index: jax.Array
     ) -> jax.Array:
         fused = None if total is None else total / jnp.maximum(images, 1)[:, None, None]
-        return self._apply(params, "place_text", ids, fused, fused_index)
+        return model.apply({"params": params}, ids, fused, fused_index, method="place_text")
+
+    def place_vision(x: jax.Array, tokens: jax.Array, index: jax.Array) -> jax.Array:
+        return model.apply({}, x, rearrange(tokens, "n v d -> 1 (n v) d"), index, method="place_vision")
+
+    def all_logits(params: Any, x: jax.Array) -> jax.Array:
+        return model.apply({"params": params}, x, method="decode")[0]
+
+    def loss(params: Any, x: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return next_token_loss(all_logits(params, x), labels)
+
+    return tuple(map(jax.jit, (place_text, place_vision, all_logits, loss)))
 
 
 def _exhausted(error: jax.errors.JaxRuntimeError) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -62,8 +63,7 @@ class ImageSide:
         at_once = min(each, CACHE_BYTES // self._score_bytes) if processor else each
         self.at_once = self._multiple * _power_below(at_once)
         self.prefixes = PrefixCache(cache_bytes)
-        self._encode = jax.jit(lambda params, pixels: model.apply({"params": params}, pixels, method="encode_image"))
-        self._fuse = jax.jit(self._add_fused_text, donate_argnums=1)
+        self._encode, self._fuse = _jitted(model)
         self._put = jax.jit(_put_tokens, donate_argnums=0)
         self._zeros = jax.jit(_zeros, static_argnums=(0, 1, 2))
         self._split = jax.jit(_split_prefix)
@@ -151,13 +151,22 @@ class ImageSide:
             pixels[slot] = chunk[n].pixels
         return pixels
 
-    def _add_fused_text(
-        self, params: Any, total: jax.Array, ids: jax.Array, rows: jax.Array, prefix: ImagePrefix
-    ) -> jax.Array:
-        """Fuses ids (N,I) with N images and adds the results to total (B,I,D) at rows (N,)."""
-        text = self._model.apply({"params": params}, ids, method="embed")
-        fused = self._model.apply({"params": params}, text, prefix, method="fuse_text")
+
+@functools.lru_cache(maxsize=8)  # engines of the same model share what is compiled
+def _jitted(model: LlavaMini) -> tuple[Callable[..., ImagePrefix], Callable[..., jax.Array]]:
+    """`encode`: pixels (N,P,H,W,3) -> prefix of N images. `fuse`: ids (N,I) with N images, whose results are added to total
+    (B,I,D) at rows (N,).
+    """
+
+    def encode(params: Any, pixels: jax.Array) -> ImagePrefix:
+        return model.apply({"params": params}, pixels, method="encode_image")
+
+    def fuse(params: Any, total: jax.Array, ids: jax.Array, rows: jax.Array, prefix: ImagePrefix) -> jax.Array:
+        text = model.apply({"params": params}, ids, method="embed")
+        fused = model.apply({"params": params}, text, prefix, method="fuse_text")
         return constrain(total.at[rows].add(fused.astype(jnp.float32), mode="drop"), "batch", None, None)
+
+    return jax.jit(encode), jax.jit(fuse, donate_argnums=1)
 
 
 def _power_below(n: int) -> int:

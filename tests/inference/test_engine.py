@@ -263,6 +263,17 @@ def test_what_was_compiled_serves_again(tiny, compiled, mesh):
     assert counts[0] == counts[1] == counts[2]
 
 
+def test_another_engine_of_the_same_model_compiles_nothing(tiny, compiled):
+    counts, answers = [], []
+    for _ in range(2):
+        engine = lmm_jax.load(tiny("tiny")).engine
+        request = Request(prompt(0, 16, 1), [picture(0, engine.config)], Sampling(8))
+        row = Row(prompt(0, 16, 0), labels=prompt(0, 16, 0))
+        answers.append((engine.generate([request], STOP), engine.loss([row], [[]])))
+        counts.append(len(compiled))
+    assert counts[0] == counts[1] and answers[0] == answers[1]
+
+
 def test_mixed_requests_on_a_mesh(model):
     expected, got = (model(mesh=m).engine for m in (None, "data=2,fsdp=2,tensor=2"))
     requests = mixed_requests(expected.config, 9)
