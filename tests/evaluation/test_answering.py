@@ -83,7 +83,13 @@ def test_every_record_has_its_answer(whole, questions, words, capsys):
     assert "demo world" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("more", (["--batch-size", "1"], ["--batch-size", "32"], ["--batch-size", "13", "--mesh", "data=8"]))
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--batch-size", "13", "--mesh", "data=8"],
+        *(pytest.param(["--batch-size", n], marks=pytest.mark.slow) for n in ("1", "32")),
+    ],
+)
 def test_batches_and_devices_change_nothing(words, whole, tmp_path, more):
     assert main([*words, *more, "--out", str(tmp_path / "run")]) == 0
     assert answers(tmp_path / "run") == answers(whole)

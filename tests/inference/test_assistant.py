@@ -62,11 +62,12 @@ def questions(count, clip):
     return out
 
 
-def test_64_mixed_questions_equal_asking_alone(model, clip):
-    asked, settings = questions(64, clip), {"max_new_tokens": 8, "temperature": 0.8, "seed": 5}
+@pytest.mark.parametrize("count", [16, pytest.param(64, marks=pytest.mark.slow)])
+def test_mixed_questions_equal_asking_alone(model, clip, count):
+    asked, settings = questions(count, clip), {"max_new_tokens": 8, "temperature": 0.8, "seed": 5}
     together = model().ask_batch(asked, **settings)
     assert together == [model().ask(q.text, q.images, q.video, **settings) for q in asked]
-    assert len(set(together)) > 20  # the questions do make a difference
+    assert len(set(together)) > count // 3  # the questions do make a difference
 
 
 def test_batch_takes_plain_text_too(model):

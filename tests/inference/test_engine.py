@@ -50,7 +50,7 @@ def mixed_requests(config, count, seed=0):
     return requests
 
 
-@pytest.mark.parametrize("size", ["tiny", "tiny-hd", "tiny-llava-v1.5"])
+@pytest.mark.parametrize("size", ["tiny", *(pytest.param(s, marks=pytest.mark.slow) for s in ("tiny-hd", "tiny-llava-v1.5"))])
 def test_batch_equals_asking_alone_and_streaming(model, size):
     engine = model(size).engine
     requests = mixed_requests(engine.config, 9)
