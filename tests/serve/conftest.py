@@ -79,9 +79,9 @@ def demo():
     """Makes the demo model with an engine of its own; weights are shared."""
     loaded = lmm_jax.load()
 
-    def another():
-        engine = loaded.engine
-        return Assistant(loaded.folder, loaded.config, Engine(loaded.config, engine.params, engine.mesh, dtype=engine.dtype))
+    def another(**settings):
+        params, mesh, dtype = loaded.engine.params, loaded.engine.mesh, loaded.engine.dtype
+        return Assistant(loaded.folder, loaded.config, Engine(loaded.config, params, mesh, dtype=dtype, **settings))
 
     return another
 

@@ -9,7 +9,7 @@ import warnings
 
 import psutil
 import pytest
-from serve.conftest import data_url, head, until, user
+from serve.conftest import data_url, head, running, until, user
 
 ALLOWED = {"name", "messages", "model", "stream", "n", "stop", "seed", "max_tokens", "temperature", "top_p", "top_k"}
 
@@ -111,9 +111,13 @@ def test_random_bytes_instead_of_http(server):
 
 
 @pytest.mark.slow
-def test_nothing_stays_after_thousands_of_attacks(start, media, picture):
-    """10,000 random bodies and 500 mutated files."""
-    server = start(file_seconds=1.0)
+def test_nothing_stays_after_thousands_of_attacks(demo, tmp_path, media, picture):
+    """10,000 random bodies and 500 mutated files, by a server that remembers no pictures."""
+    with running(demo(prefix_cache_bytes=0), tmp_path / "files", file_seconds=1.0) as server:
+        check_what_stays(server, media, picture)
+
+
+def check_what_stays(server, media, picture):
     random_of = random.Random(3)
 
     def attack(bodies, files, seed):
