@@ -124,7 +124,7 @@ def test_two_kills(records, tmp_path):
     assert_equal_runs(whole, killed)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_twenty_kills_at_random_times(records, tmp_path):
     """What is compiled is kept in a folder of its own, so that its files are killed half-written too."""
     environment = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}

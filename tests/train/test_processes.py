@@ -72,7 +72,7 @@ def test_as_one_process(records, start, tmp_path, mesh):
     assert_close(one, onto)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_of_four_is_killed(whole, records, start, tmp_path):
     """The others end by themselves, and the same command goes on."""
     four = run_of(tmp_path / "four", records, start, whole.compute.mesh)
@@ -83,7 +83,7 @@ def test_one_of_four_is_killed(whole, records, start, tmp_path):
     assert_close(whole, four)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_fewer_processes_go_on(whole, records, start, tmp_path):
     """No record of the epoch is left out or seen twice."""
     four = run_of(tmp_path / "four", records, start, whole.compute.mesh)
