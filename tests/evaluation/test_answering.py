@@ -180,7 +180,7 @@ def test_a_kill(words, whole, tmp_path):
     assert len(part(tmp_path / "run").splitlines()) == len(part(whole).splitlines())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_twenty_kills_at_random_moments(words, tmp_path_factory):
     """Of a run of 800 questions, so that none comes to its end before."""
     folder = tmp_path_factory.mktemp("twenty")
