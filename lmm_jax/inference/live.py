@@ -138,7 +138,7 @@ class Live:
                 self._enter(batch)
             self._hand_out()
             if self._running and not batch:
-                self._pace(time.monotonic() - start)
+                self._pace(time.monotonic() - start, LOOK_SECONDS)
             if batch and is_between:
                 self._enter(batch, is_between)
             self._failures = 0
@@ -146,10 +146,10 @@ class Live:
             self._failures += 1
             self._fail(_told(error), batch)
 
-    def _pace(self, seconds: float) -> None:
-        """As many steps for a turn as take `LOOK_SECONDS`."""
+    def _pace(self, seconds: float, target: float) -> None:
+        """As many steps for a turn as take the `target`, after one whose steps took so many seconds."""
         each = seconds / self._steps
-        self._steps = int(min(MOST_STEPS, max(1, LOOK_SECONDS / max(each, 1e-6))))
+        self._steps = int(min(MOST_STEPS, max(1, target / max(each, 1e-6))))
 
     def _leave_early(self) -> None:
         """Those that nobody waits for any more, or that are too late."""
@@ -208,8 +208,10 @@ class Live:
         except Exception as error:
             self._refuse(batch, error)
             return
+        is_hidden = self._slots is None or self._slots.is_ready  # generating took no longer than our own work
         if not is_between:
             self._hand_out()  # what the rows before have generated meanwhile
+        generated = 0.0 if is_hidden else time.monotonic() - start
         try:
             x.block_until_ready()
         except Exception as error:
@@ -217,6 +219,8 @@ class Live:
             return
         self._entering = [t for t in self._entering if t not in batch]
         seconds = time.monotonic() - start
+        if self._running and not is_between:  # those who enter and those who generate share the device
+            self._pace(generated, max(LOOK_SECONDS, seconds))
         self._fit(batch)
         self._running += batch
         rows = []

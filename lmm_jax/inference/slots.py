@@ -66,7 +66,7 @@ class Programs:
         self.insert = jax.jit(self._insert, donate_argnums=0)
         self.decode = jax.jit(self._decode, donate_argnums=1)
         self.move = jax.jit(self._move, static_argnums=(2, 3))
-        self.end = jax.jit(self._end, donate_argnums=0)
+        self.end = jax.jit(self._end)
 
     def size(self, rows: int) -> int:
         """Rows rounded up to a power of two for each part of the mesh that takes some."""
@@ -155,9 +155,9 @@ class Programs:
             step, s = carry
             newest = s.tokens[rows, jnp.maximum(s.count - 1, 0)]
             x = self._apply(params, "embed", newest[:, None])
-            logits, cache = self._apply(params, "decode", x, cache=s.cache, write_at=s.position)
+            going = ~s.done  # what another row writes nobody reads; at the start, so that it does not count as long
+            logits, cache = self._apply(params, "decode", x, cache=s.cache, write_at=jnp.where(going, s.position, 0))
             token = sample(logits[:, 0], s.sampler, s.count)
-            going = ~s.done
             count = s.count + going
             return step + 1, s.replace(
                 cache=cache,
@@ -194,9 +194,9 @@ class Programs:
         moved = jax.tree.map(rows, empty.replace(cache=None), state.replace(cache=None))
         return _spread(moved.replace(cache=cache, done=moved.done | ~there))
 
-    def _end(self, state: State, left: jax.Array) -> State:
+    def _end(self, done: jax.Array, left: jax.Array) -> jax.Array:
         """Rows that are not wanted any more, `left` (B,) bool, are done."""
-        return _spread(state.replace(done=state.done | left))
+        return constrain(done | left, "batch")
 
 
 class Slots:
@@ -228,6 +228,11 @@ class Slots:
     def free(self) -> int:
         """Rows that may enter."""
         return self._rows - len(self._held)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the device has done all that was asked of it."""
+        return self._state.done.is_ready()
 
     def enter(self, x: jax.Array, rows: Sequence[tuple[Hashable, int, int, Sampling]]) -> None:
         """Rows enter free slots and have their first token.
@@ -284,7 +289,7 @@ class Slots:
         if left.any():
             self._held = {slot: key for slot, key in self._held.items() if not left[slot]}
             with jax.set_mesh(self._programs.mesh):
-                self._state = self._programs.end(self._state, left)
+                self._state = self._state.replace(done=self._programs.end(self._state.done, left))
 
     def resize(self, rows: int, length: int, room: int) -> None:
         """Other sizes, as for `__init__`; rows that have a slot go on, so that the sizes must hold them."""

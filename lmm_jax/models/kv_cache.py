@@ -27,6 +27,8 @@ Cache = tuple[Half, Half]
 
 STACK_AXES = ("layers", "batch", "kv_heads", None, None)  # of any leaf of stacked layers, as many as it has
 LAST_AXES = STACK_AXES[1:]
+BLOCK = 128  # positions that a decode step on a processor takes together
+_UNSEEN = jnp.finfo(jnp.float32).min  # score of a key that a row does not see
 
 
 def empty(config: DecoderConfig, rows: int, length: int, dtype: Any, *, apart: bool = False) -> dict[str, Cache]:
@@ -80,31 +82,66 @@ def write(
     return jax.tree.map(lambda c, n: _scatter(c, where, n[:, :, 0]), cache, entering)
 
 
-def of_layer(cache: Cache, layer: jax.Array | None) -> Cache:
-    """One of stacked layers, or the cache itself where layer is None."""
-    return cache if layer is None else jax.tree.map(lambda c: c[layer], cache)
-
-
-def attend(q: jax.Array, cache: Cache, position: jax.Array) -> jax.Array:
+def attend(q: jax.Array, cache: Cache, position: jax.Array, layer: jax.Array | None = None) -> jax.Array:
     """A decode step: one query per row against its cache.
 
     Args:
       q: (B,1,N,H).
-      cache: of one layer.
+      cache: of one layer, or of stacked ones.
       position: (B,) int32; row b sees the keys up to position[b].
+      layer: () int32, which of stacked layers.
 
     Returns:
       (B,1,N,H), dtype of q.
     """
-    (k, k_scale), (v, v_scale) = (_parts(half) for half in cache)
-    grouped = rearrange(q[:, 0], "b (k g) h -> b k g h", k=k.shape[1])
-    scores = jnp.einsum("bkgh,bksh->bkgs", grouped, k.astype(q.dtype), preferred_element_type=jnp.float32)
-    scores = scores * q.shape[-1] ** -0.5 if k_scale is None else scores * (q.shape[-1] ** -0.5 * k_scale[:, :, None])
-    seen = jnp.arange(k.shape[2]) <= position[:, None, None, None]
-    weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(jnp.float32).min), axis=-1)
-    weights = weights if v_scale is None else weights * v_scale[:, :, None]
-    out = jnp.einsum("bkgs,bksh->bkgh", weights.astype(q.dtype), v.astype(q.dtype))
+    heads, length = _parts(cache[0])[0].shape[-3:-1]
+    grouped = rearrange(q[:, 0], "b (k g) h -> b k g h", k=heads)
+    in_blocks = platform() == "cpu" and length > BLOCK and length % BLOCK == 0
+    out = (_in_blocks if in_blocks else _at_once)(grouped, cache, position, layer)
     return rearrange(out, "b k g h -> b 1 (k g) h").astype(q.dtype)
+
+
+def _at_once(q: jax.Array, cache: Cache, position: jax.Array, layer: jax.Array | None) -> jax.Array:
+    """q (B,K,G,H) against all positions; row b's weights are 0 past position[b]."""
+    keys, values = cache if layer is None else jax.tree.map(lambda c: c[layer], cache)
+    scores = _scores(q, keys, position, 0)
+    return _mix(jax.nn.softmax(scores, axis=-1), values, q.dtype)
+
+
+def _in_blocks(q: jax.Array, cache: Cache, position: jax.Array, layer: jax.Array | None) -> jax.Array:
+    """As `_at_once`, as far as the longest row goes; a processor copies all that it takes of stacked layers."""
+
+    def part(c: jax.Array, block: jax.Array) -> jax.Array:
+        c = c if layer is None else c[layer]
+        return jax.lax.dynamic_slice_in_dim(c, block * BLOCK, BLOCK, axis=2)
+
+    def one(block: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        largest, total, out = carry
+        keys, values = (jax.tree.map(lambda c: part(c, block), half) for half in cache)
+        scores = _scores(q, keys, position, block * BLOCK)
+        top = jnp.maximum(largest, scores.max(axis=-1, keepdims=True))
+        before, weights = jnp.exp(largest - top), jnp.exp(scores - top)
+        return top, total * before + weights.sum(axis=-1, keepdims=True), out * before + _mix(weights, values, q.dtype)
+
+    begin = jnp.full((*q.shape[:-1], 1), _UNSEEN), jnp.zeros((*q.shape[:-1], 1)), jnp.zeros(q.shape)
+    _, total, out = jax.lax.fori_loop(0, position.max() // BLOCK + 1, one, begin)
+    return out / total
+
+
+def _scores(q: jax.Array, keys: Half, position: jax.Array, first: jax.Array | int) -> jax.Array:
+    """q (B,K,G,H) against the keys of the positions from `first` on -> (B,K,G,S) float32."""
+    k, scale = _parts(keys)
+    scores = jnp.einsum("bkgh,bksh->bkgs", q, k.astype(q.dtype), preferred_element_type=jnp.float32)
+    scores = scores * q.shape[-1] ** -0.5 if scale is None else scores * (q.shape[-1] ** -0.5 * scale[:, :, None])
+    seen = first + jnp.arange(k.shape[2]) <= position[:, None, None, None]
+    return jnp.where(seen, scores, _UNSEEN)
+
+
+def _mix(weights: jax.Array, values: Half, dtype: Any) -> jax.Array:
+    """Weights (B,K,G,S) float32 of the values -> (B,K,G,H) float32; multiplied in dtype."""
+    v, scale = _parts(values)
+    weights = weights if scale is None else weights * scale[:, :, None]
+    return jnp.einsum("bkgs,bksh->bkgh", weights.astype(dtype), v.astype(dtype), preferred_element_type=jnp.float32)
 
 
 def _parts(half: Half) -> tuple[jax.Array, jax.Array | None]:

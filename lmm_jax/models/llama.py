@@ -86,7 +86,7 @@ class Attention(nn.Module):
         if cache is not None:
             cache = kv_cache.write(cache, new, layer, step.write_at)
         if step.write_at is not None:
-            return self.o_proj(kv_cache.attend(q, kv_cache.of_layer(cache, layer), step.write_at)), new, cache
+            return self.o_proj(kv_cache.attend(q, cache, step.write_at, layer)), new, cache
         if step.queries is not None:
             mask, causal = jnp.arange(x.shape[1]) <= step.queries[..., None], False
         elif prefix is not None:

@@ -132,6 +132,7 @@ def _run(
         http=protocol(most),
         ws="none",
         log_level="info",
+        timeout_keep_alive=20,  # seconds; longer than clients keep theirs (5 to 15), or what they send would meet a closed one
         timeout_graceful_shutdown=max(1, round(args.drain_seconds)),
         server_header=False,
         h11_max_incomplete_event_size=64 * 1024,

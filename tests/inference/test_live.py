@@ -93,13 +93,32 @@ def test_answers_are_those_of_asking_alone(engine, start):
 
 def test_short_ones_overtake_a_long_one(start):
     live = start(rows=2)
-    long = ask(live, Request(prompt(0, 9, 0), (), Sampling(400, temperature=2.0)))
+    long = ask(live, Request(prompt(0, 9, 0), (), Sampling(400, ignore_eos=True)))
     until(lambda: long.ids)
     short = [ask(live, text(3, seed)) for seed in range(6)]
     for x in short:
         x.wait()
     assert not long.ended.is_set()
-    assert len(long.wait()) <= 400
+    assert len(long.wait()) == 400
+
+
+def test_who_enters_and_who_generates_share_the_device(engine, start, monkeypatch):
+    """While requests come all the time, and to embed each takes long, one that generates gets more than a token for each."""
+    embed, advance, steps = engine.embed, live_module.Slots.advance, []
+
+    def slow(*args):
+        done = embed(*args)
+        time.sleep(0.3)
+        return done
+
+    monkeypatch.setattr(engine, "embed", slow)
+    monkeypatch.setattr(live_module.Slots, "advance", lambda self, n, *args: (steps.append(n), advance(self, n, *args))[1])
+    live = start(rows=5)
+    lengths = (30, 45, 60, 90)  # so unlike that they enter one by one
+    requests = [Request(prompt(0, 9, 0), (), Sampling(300, ignore_eos=True)), *(text(1, n, n) for n in lengths)]
+    for listener in [ask(live, request) for request in requests][1:]:
+        listener.wait()
+    assert steps[:4] == [1, *[live_module.MOST_STEPS] * 3]
 
 
 def test_others_go_on_while_a_long_video_is_encoded(engine, start):

@@ -43,7 +43,8 @@ def test_what_is_written(dtype, part):
     prompts, token = new(0, PROMPT, dtype if dtype != jnp.int8 else jnp.float32), new(2, 1)
     at = np.array([7, 3, LENGTH])
     cache = kv_cache.write(kv_cache.write(cache, prompts, layer), token, layer, jnp.asarray(at))
-    for found, written, one in zip(kv_cache.of_layer(cache, layer), prompts, token):
+    mine = cache if layer is None else jax.tree.map(lambda c: c[layer], cache)
+    for found, written, one in zip(mine, prompts, token):
         expected = np.zeros((ROWS, CONFIG.num_kv_heads, LENGTH, CONFIG.head_dim), np.float32)
         expected[:, :, :PROMPT] = np.asarray(written, np.float32).swapaxes(1, 2)
         for row in range(2):
@@ -56,12 +57,29 @@ def test_what_is_written(dtype, part):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
-def test_a_decode_step_attends_to_what_is_kept(dtype):
-    cache = kv_cache.write(kv_cache.empty(CONFIG, ROWS, LENGTH, dtype)["last"], new(0, LENGTH))
-    q, position = jnp.asarray(values(5, ROWS, 1, CONFIG.num_heads, CONFIG.head_dim)), jnp.array([0, 5, LENGTH - 1])
-    k, v = (rearrange(jnp.asarray(plain(half)), "b k s h -> b s k h") for half in cache)
-    mask = jnp.arange(LENGTH) <= position[:, None, None]
-    assert relative_error(kv_cache.attend(q, cache, position), attend(q, k, v, mask=mask)) < 1e-6
+@pytest.mark.parametrize("part", ["stack", "last"])
+@pytest.mark.parametrize("length", [LENGTH, 3 * kv_cache.BLOCK, kv_cache.BLOCK + 1])
+def test_a_decode_step_attends_to_what_is_kept(dtype, part, length):
+    """At once, and block by block as far as the longest row goes: in the first, over the edge of one, to the end."""
+    layer = jnp.int32(CONFIG.num_layers - 2) if part == "stack" else None
+    cache = kv_cache.write(kv_cache.empty(CONFIG, ROWS, length, dtype)[part], new(0, length), layer)
+    q = jnp.asarray(values(5, ROWS, 1, CONFIG.num_heads, CONFIG.head_dim))
+    mine = cache if layer is None else jax.tree.map(lambda c: c[layer], cache)
+    k, v = (rearrange(jnp.asarray(plain(half)), "b k s h -> b s k h") for half in mine)
+    for position in ([0, 5, length - 1], [0, 0, 0], [0, min(length, kv_cache.BLOCK) - 1, min(length - 1, kv_cache.BLOCK)]):
+        position = jnp.array(position)
+        mask = jnp.arange(length) <= position[:, None, None]
+        assert relative_error(kv_cache.attend(q, cache, position, layer), attend(q, k, v, mask=mask)) < 1e-6
+
+
+def test_blocks_that_no_row_has_reached_are_not_read():
+    """What lies there may be anything: it costs nothing and changes nothing."""
+    length = 3 * kv_cache.BLOCK
+    cache = kv_cache.write(kv_cache.empty(CONFIG, ROWS, length, jnp.float32)["last"], new(0, kv_cache.BLOCK + 9))
+    spoilt = jax.tree.map(lambda c: c.at[:, :, 2 * kv_cache.BLOCK :].set(jnp.nan), cache)
+    q, position = jnp.asarray(values(5, ROWS, 1, CONFIG.num_heads, CONFIG.head_dim)), jnp.array([0, 5, kv_cache.BLOCK + 8])
+    expected = kv_cache.attend(q, cache, position)
+    np.testing.assert_array_equal(kv_cache.attend(q, spoilt, position), expected)
 
 
 def test_bytes_of_a_position():
