@@ -159,8 +159,8 @@ def run_writer(folder, body, end, count=40, shape=(512, 512)):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_killed_in_the_middle(folder, number):
-    writer = run_writer(folder, "print(i, flush=True); time.sleep(0.05)", "run()")
-    assert "20\n" in writer.stdout  # half of the leaves are on their way
+    writer = run_writer(folder, "print(i, flush=True); time.sleep(60 * (i == 20))", "run()")
+    assert "20\n" in writer.stdout  # half of the leaves are on their way; the next one takes long
     writer.send_signal(number)
     writer.communicate()
     assert writer.returncode != 0
