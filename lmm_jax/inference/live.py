@@ -163,12 +163,12 @@ class Live:
             ticket.end_early()
 
     def _pick(self, only_short: bool) -> list[Ticket]:
-        """The next requests for which there is room, of like length, as many as one program takes without padding."""
+        """The next requests for which there is room, of like length, as many as one program takes."""
         batch: list[Ticket] = []
         for ticket in list(self._waiting):
             is_long = ticket.images > self._engine.images.chunk
             fits = self._fits([*batch, ticket])
-            like = not batch or length_bucket(ticket.length) == length_bucket(batch[0].length)
+            like = not batch or _alike(ticket.length, batch[0].length)
             if fits and like and not (is_long and (only_short or batch)):
                 batch.append(ticket)
                 if is_long or len(batch) == TOGETHER:
@@ -320,6 +320,12 @@ def _told(error: Exception) -> UserError:
 
 class _Left(Exception):
     """Nobody wants the video that is being encoded any more."""
+
+
+def _alike(one: int, other: int) -> bool:
+    """Whether prompts of so many positions go into one program: neither is padded to more than one and a half of its room."""
+    small, large = sorted(map(length_bucket, (one, other)))
+    return 2 * large <= 3 * small
 
 
 def _level(n: int, least: int) -> int:

@@ -1,6 +1,6 @@
 """Keys and values that the decoder keeps: how they lie, how new ones are written, how a decode step reads them.
 
-    float  keys (B,K,S,H), values (B,K,S,H)
+    float  keys (B,K,S,H), values (B,K,S,H)                  bfloat16 on a processor: their bits, uint16
     int8   of each: values (B,K,S,H) int8, scale (B,K,S)     the largest of a position's H channels over 127
 
 A decode step reads int8 as it is: a key's scale goes onto its score, a value's onto its weight. Of a cache of many layers, at
@@ -27,7 +27,7 @@ Cache = tuple[Half, Half]
 
 STACK_AXES = ("layers", "batch", "kv_heads", None, None)  # of any leaf of stacked layers, as many as it has
 LAST_AXES = STACK_AXES[1:]
-BLOCK = 128  # positions that a decode step on a processor takes together
+BLOCK = 64  # positions that a decode step on a processor takes together
 _UNSEEN = jnp.finfo(jnp.float32).min  # score of a key that a row does not see
 
 
@@ -43,7 +43,8 @@ def empty(config: DecoderConfig, rows: int, length: int, dtype: Any, *, apart: b
             return constrain(jnp.zeros(shape, dtype), *axes[: len(shape)])
 
         if jnp.dtype(dtype) != jnp.int8:
-            return zeros(shape, dtype)
+            # there XLA turns whole arrays of bfloat16 into float32 and back for each part it takes or writes
+            return zeros(shape, jnp.uint16 if jnp.dtype(dtype) == jnp.bfloat16 and platform() == "cpu" else dtype)
         return {"values": zeros(shape, jnp.int8), "scale": zeros(shape[:-1], jnp.float32)}
 
     last = half(shape, LAST_AXES), half(shape, LAST_AXES)
@@ -79,7 +80,7 @@ def write(
         return jax.tree.map(put, cache, entering)
     rows = jnp.arange(len(at))
     where = (rows, slice(None), at) if layer is None else (layer, rows, slice(None), at)
-    return jax.tree.map(lambda c, n: _scatter(c, where, n[:, :, 0]), cache, entering)
+    return jax.tree.map(lambda c, n: c.at[where].set(n[:, :, 0], mode="drop"), cache, entering)
 
 
 def attend(q: jax.Array, cache: Cache, position: jax.Array, layer: jax.Array | None = None) -> jax.Array:
@@ -94,7 +95,8 @@ def attend(q: jax.Array, cache: Cache, position: jax.Array, layer: jax.Array | N
     Returns:
       (B,1,N,H), dtype of q.
     """
-    heads, length = _parts(cache[0])[0].shape[-3:-1]
+    keys = cache[0]["values"] if isinstance(cache[0], Mapping) else cache[0]
+    heads, length = keys.shape[-3:-1]
     grouped = rearrange(q[:, 0], "b (k g) h -> b k g h", k=heads)
     in_blocks = platform() == "cpu" and length > BLOCK and length % BLOCK == 0
     out = (_in_blocks if in_blocks else _at_once)(grouped, cache, position, layer)
@@ -109,23 +111,35 @@ def _at_once(q: jax.Array, cache: Cache, position: jax.Array, layer: jax.Array |
 
 
 def _in_blocks(q: jax.Array, cache: Cache, position: jax.Array, layer: jax.Array | None) -> jax.Array:
-    """As `_at_once`, as far as the longest row goes; a processor copies all that it takes of stacked layers."""
+    """As `_at_once`, for one row after the other, each as far as it goes.
 
-    def part(c: jax.Array, block: jax.Array) -> jax.Array:
+    A processor copies all that it takes of a cache: so it is little at a time, and nothing that no row sees.
+    """
+    rows = len(q)
+    few = rows if jax.sharding.get_abstract_mesh().size > 1 else 1  # rows that lie on several devices go together
+
+    def part(c: jax.Array, first: jax.Array, block: jax.Array) -> jax.Array:
         c = c if layer is None else c[layer]
+        c = jax.lax.dynamic_slice_in_dim(c, first, few)
         return jax.lax.dynamic_slice_in_dim(c, block * BLOCK, BLOCK, axis=2)
 
-    def one(block: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        largest, total, out = carry
-        keys, values = (jax.tree.map(lambda c: part(c, block), half) for half in cache)
-        scores = _scores(q, keys, position, block * BLOCK)
-        top = jnp.maximum(largest, scores.max(axis=-1, keepdims=True))
-        before, weights = jnp.exp(largest - top), jnp.exp(scores - top)
-        return top, total * before + weights.sum(axis=-1, keepdims=True), out * before + _mix(weights, values, q.dtype)
+    def attend_few(first: jax.Array) -> jax.Array:
+        mine, seen = (jax.lax.dynamic_slice_in_dim(x, first, few) for x in (q, position))
 
-    begin = jnp.full((*q.shape[:-1], 1), _UNSEEN), jnp.zeros((*q.shape[:-1], 1)), jnp.zeros(q.shape)
-    _, total, out = jax.lax.fori_loop(0, position.max() // BLOCK + 1, one, begin)
-    return out / total
+        def one(block: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            largest, total, out = carry
+            keys, values = jax.tree.map(lambda c: part(c, first, block), cache)
+            scores = _scores(mine, keys, seen, block * BLOCK)
+            top = jnp.maximum(largest, scores.max(axis=-1, keepdims=True))
+            before, weights = jnp.exp(largest - top), jnp.exp(scores - top)
+            total = total * before + weights.sum(axis=-1, keepdims=True)
+            return top, total, out * before + _mix(weights, values, q.dtype)
+
+        begin = jnp.full((*mine.shape[:-1], 1), _UNSEEN), jnp.zeros((*mine.shape[:-1], 1)), jnp.zeros(mine.shape)
+        _, total, out = jax.lax.fori_loop(0, seen.max() // BLOCK + 1, one, begin)
+        return out / total
+
+    return rearrange(jax.lax.map(attend_few, jnp.arange(0, rows, few)), "n few k g h -> (n few) k g h")
 
 
 def _scores(q: jax.Array, keys: Half, position: jax.Array, first: jax.Array | int) -> jax.Array:
@@ -145,23 +159,18 @@ def _mix(weights: jax.Array, values: Half, dtype: Any) -> jax.Array:
 
 
 def _parts(half: Half) -> tuple[jax.Array, jax.Array | None]:
-    return (half["values"], half["scale"]) if isinstance(half, Mapping) else (half, None)
+    """Keys or values and, where there is one, their scale."""
+    if isinstance(half, Mapping):
+        return half["values"], half["scale"]
+    return (jax.lax.bitcast_convert_type(half, jnp.bfloat16) if half.dtype == jnp.uint16 else half), None
 
 
 def _as_kept(new: jax.Array, kept: Half) -> Half:
     """Keys or values (…,H) in the form of the cache."""
     if not isinstance(kept, Mapping):
-        return new.astype(kept.dtype)
+        is_bits = kept.dtype == jnp.uint16
+        return jax.lax.bitcast_convert_type(new.astype(jnp.bfloat16), jnp.uint16) if is_bits else new.astype(kept.dtype)
     new = new.astype(jnp.float32)
     scale = jnp.max(jnp.abs(new), axis=-1) / 127
     values = jnp.round(new / jnp.where(scale > 0, scale, 1)[..., None])
     return {"values": values.astype(jnp.int8), "scale": scale}
-
-
-def _scatter(cache: jax.Array, where: tuple, new: jax.Array) -> jax.Array:
-    """cache[where] = new, in place."""
-    if cache.dtype == jnp.bfloat16 and platform() == "cpu":
-        # XLA has no such scatter there and would convert the whole cache to float32 and back: move bits instead
-        bits = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (cache, new))
-        return jax.lax.bitcast_convert_type(_scatter(next(bits), where, next(bits)), jnp.bfloat16)
-    return cache.at[where].set(new, mode="drop")

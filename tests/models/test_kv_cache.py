@@ -31,7 +31,8 @@ def new(seed, tokens, dtype=np.float32):
 
 def plain(half):
     """Keys or values as numbers, (…,H) float32."""
-    return np.asarray(half["values"] * half["scale"][..., None] if isinstance(half, dict) else half, np.float32)
+    values, scale = (half["values"], half["scale"][..., None]) if isinstance(half, dict) else (half, 1)
+    return np.asarray(values.view(jnp.bfloat16) if values.dtype == jnp.uint16 else values, np.float32) * scale
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8])
@@ -56,11 +57,11 @@ def test_what_is_written(dtype, part):
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(others))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8])
 @pytest.mark.parametrize("part", ["stack", "last"])
 @pytest.mark.parametrize("length", [LENGTH, 3 * kv_cache.BLOCK, kv_cache.BLOCK + 1])
 def test_a_decode_step_attends_to_what_is_kept(dtype, part, length):
-    """At once, and block by block as far as the longest row goes: in the first, over the edge of one, to the end."""
+    """At once, and block by block as far as each row goes: in the first, over the edge of one, to the end."""
     layer = jnp.int32(CONFIG.num_layers - 2) if part == "stack" else None
     cache = kv_cache.write(kv_cache.empty(CONFIG, ROWS, length, dtype)[part], new(0, length), layer)
     q = jnp.asarray(values(5, ROWS, 1, CONFIG.num_heads, CONFIG.head_dim))
@@ -72,14 +73,17 @@ def test_a_decode_step_attends_to_what_is_kept(dtype, part, length):
         assert relative_error(kv_cache.attend(q, cache, position, layer), attend(q, k, v, mask=mask)) < 1e-6
 
 
-def test_blocks_that_no_row_has_reached_are_not_read():
+def test_blocks_that_a_row_has_not_reached_are_not_read():
     """What lies there may be anything: it costs nothing and changes nothing."""
-    length = 3 * kv_cache.BLOCK
-    cache = kv_cache.write(kv_cache.empty(CONFIG, ROWS, length, jnp.float32)["last"], new(0, kv_cache.BLOCK + 9))
-    spoilt = jax.tree.map(lambda c: c.at[:, :, 2 * kv_cache.BLOCK :].set(jnp.nan), cache)
-    q, position = jnp.asarray(values(5, ROWS, 1, CONFIG.num_heads, CONFIG.head_dim)), jnp.array([0, 5, kv_cache.BLOCK + 8])
-    expected = kv_cache.attend(q, cache, position)
-    np.testing.assert_array_equal(kv_cache.attend(q, spoilt, position), expected)
+    blocks = np.arange(ROWS) + 1
+    length = (ROWS + 1) * kv_cache.BLOCK
+    cache = kv_cache.write(kv_cache.empty(CONFIG, ROWS, length, jnp.float32)["last"], new(0, length))
+    is_beyond = np.arange(length) >= blocks[:, None] * kv_cache.BLOCK
+    spoilt = jax.tree.map(lambda c: jnp.where(is_beyond[:, None, :, None], jnp.nan, c), cache)
+    q = jnp.asarray(values(5, ROWS, 1, CONFIG.num_heads, CONFIG.head_dim))
+    for position in (blocks * kv_cache.BLOCK - 1, (blocks - 1) * kv_cache.BLOCK):
+        found = kv_cache.attend(q, spoilt, jnp.asarray(position))
+        np.testing.assert_array_equal(found, kv_cache.attend(q, cache, jnp.asarray(position)))
 
 
 def test_bytes_of_a_position():
