@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _KEY = "LMM_API_KEY"
 _LOCAL = ("127.0.0.1", "localhost", "::1")
+_SWITCH_SECONDS = 0.0005  # of Python threads: when the device is done, the engine must not wait 5 ms for its turn
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -62,6 +63,7 @@ def serve(args: argparse.Namespace, load: Callable[[], Assistant]) -> None:
     listening = _listen(args.host, args.port)
     if args.host not in _LOCAL and key is None:
         warnings.warn(f"anyone who reaches {args.host} can ask: set {_KEY} to let in only who knows it", stacklevel=2)
+    sys.setswitchinterval(_SWITCH_SECONDS)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder is removed then, too
     with listening, _folder() as folder:
         assistant = load()
