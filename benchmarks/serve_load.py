@@ -103,6 +103,8 @@ async def measure(url: str, questions: list[dict[str, Any]], video: bytes, clien
         right = [await ask(client, q) for q in questions]
         right_long = await ask(client, long)
         await crowd(client, questions, right, long, right_long, clients, seconds)
+        for _ in range(2):  # in the slots of the crowd, then in its own
+            await leave(client, questions[-1])
         alone = [await one_by_one(client, questions, right)]
         found = await crowd(client, questions, right, long, right_long, clients, seconds)
         alone.append(await one_by_one(client, questions, right))
