@@ -227,7 +227,7 @@ class Engine:
     def _groups(self, requests: Sequence[Request], most: int) -> list[_Group]:
         """Requests whose prompts and answers are of like length, `most` of which generate at once if there is memory."""
         prompts, limits = zip(*[self.measure(r) for r in requests]) if requests else ((), ())
-        sizes = [length_bucket(length_bucket(n) + length_bucket(limit)) for n, limit in zip(prompts, limits)]
+        sizes = [length_bucket(length_bucket(n) + limit) for n, limit in zip(prompts, limits)]
         groups: list[list[int]] = []
         for i in sorted(range(len(requests)), key=lambda i: sizes[i]):
             if not groups or (sizes[i] > 4 * sizes[groups[-1][0]] and len(groups[-1]) >= most):

@@ -328,7 +328,7 @@ def test_rows_leave_and_others_enter(tiny, monkeypatch, mesh):
 def test_a_long_video_does_not_hold_up_the_others(tiny, monkeypatch):
     """Between its chunks, those that generate get on."""
     engine = lmm_jax.load(tiny("tiny"), prefix_cache_bytes=0).engine
-    requests = [Request(prompt(i, 9, 0), sampling=Sampling(n)) for i, n in enumerate((90, 90, 2))]
+    requests = [Request(prompt(i, 9, 0), sampling=Sampling(n)) for i, n in enumerate((90, 90, 12))]
     frames = [picture(i, engine.config) for i in range(3 * CHUNK)]
     requests.append(Request(prompt(3, 9, 1), [frames], Sampling(2)))
     alone = {i: engine.generate([r], ())[0] for i, r in enumerate(requests)}

@@ -114,7 +114,7 @@ def test_who_enters_and_who_generates_share_the_device(engine, start, monkeypatc
     monkeypatch.setattr(engine, "embed", slow)
     monkeypatch.setattr(live_module.Slots, "advance", lambda self, n, *args: (steps.append(n), advance(self, n, *args))[1])
     live = start(rows=5)
-    lengths = (20, 45, 90, 180)  # so unlike that they enter one by one
+    lengths = (45, 90, 180, 360)  # so unlike that they enter one by one
     requests = [Request(prompt(0, 9, 0), (), Sampling(300, ignore_eos=True)), *(text(1, n, n) for n in lengths)]
     for listener in [ask(live, request) for request in requests][1:]:
         listener.wait()
