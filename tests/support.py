@@ -42,7 +42,10 @@ def gradient_norms(case: str, scenario: str) -> dict[str, float | None] | None:
 
 
 def relative_error(got, expected) -> float:
-    """Norm of the difference over the norm."""
+    """Norm of the difference over the norm; 0 where there is no difference, infinite where there is no number."""
     got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
     assert got.shape == expected.shape
-    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+    difference, norm = np.linalg.norm(got - expected), np.linalg.norm(expected)
+    if not difference:
+        return 0.0
+    return float(difference / norm) if norm and np.isfinite(difference) else float("inf")
