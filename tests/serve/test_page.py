@@ -4,6 +4,7 @@ import itertools
 import random
 import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -68,9 +69,17 @@ def test_ask_stop_and_look(start, browser, media):
 
 
 def test_stop_ends_the_answer(start, browser, monkeypatch):
+    from lmm_jax.inference import live
     from lmm_jax.serve import page as page_module
 
-    sampling = page_module.Sampling
+    sampling, advance = page_module.Sampling, live.Slots.advance
+
+    def slowly(*args):  # so that there is time to stop it
+        time.sleep(0.02)
+        advance(*args)
+
+    monkeypatch.setattr(live, "MOST_STEPS", 1)
+    monkeypatch.setattr(live.Slots, "advance", slowly)
     monkeypatch.setattr(page_module, "Sampling", lambda **of: sampling(**of | {"ignore_eos": True, "max_new_tokens": 2000}))
     server = start(page=True)
     page = browser.new_page()
