@@ -11,6 +11,7 @@ Small models stay as they are: their programs compile faster.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from jax.sharding import Mesh
 from lmm_jax.sharding import leaf_paths, platform
 
 LARGE = 2**27  # bytes of all parameters from which on this is worth its time
+FEW = 512  # rows up to which a product is taken kernel first
 
 _TURNED = re.compile(r"(?:(?:layers|prefusion_layers)/(?:stack|last)/.*_proj|mm_projector/\w+|lm_head)/kernel")
 
@@ -62,12 +64,14 @@ def is_turned(kernel: Any) -> bool:
 def project(x: jax.Array, kernel: Mapping[str, jax.Array], inputs: int, outputs: Sequence[int], dtype: Any) -> jax.Array:
     """x (…, in…) times a turned kernel with so many input axes -> (…, *outputs), in `dtype`, or that of x where it is None."""
     batch = x.shape[: x.ndim - inputs]
-    y = jax.lax.dot_general(
-        x.reshape(math.prod(batch), -1),
-        kernel["turned"].astype(x.dtype),
-        (((1,), (1,)), ((), ())),
-        preferred_element_type=dtype,
+    rows, matrix = x.reshape(math.prod(batch), -1), kernel["turned"].astype(x.dtype)
+    by_inputs = functools.partial(
+        jax.lax.dot_general, dimension_numbers=(((1,), (1,)), ((), ())), preferred_element_type=dtype
     )
+    if len(rows) > FEW:
+        y = by_inputs(rows, matrix)
+    else:  # XLA packs the right side anew for each product: let it be the smaller one; unhindered, it turns this round
+        y = jax.lax.optimization_barrier(by_inputs(matrix, rows)).T
     return y.reshape(*batch, *outputs)
 
 

@@ -158,6 +158,8 @@ class LayerStack(nn.Module):
         kept: dict[str, Any] = {}
         params, inner = self.variables.get("params", {}).get("stack"), step.replace(queries=None)
         if apart.is_apart(params):
+            step = step.replace(rope=jax.lax.optimization_barrier(step.rope))  # else every layer computes it again, for each head
+            inner = step.replace(queries=None)
             x, kept["stack"] = self._run_apart(params, x, inner, prefix.get("stack"), cache)
         elif self.length > 1:
             inputs = (jnp.arange(self.length - 1), prefix.get("stack"))
