@@ -41,6 +41,15 @@ def test_the_same_logits_and_answers(tiny, size, monkeypatch):
     assert relative_error(seen[1], seen[0]) < 1e-4
 
 
+@pytest.mark.parametrize("rows", [1, 3, apart.FEW, apart.FEW + 1])
+def test_a_product_with_a_turned_kernel(rows):
+    x, kernel = (np.random.default_rng(rows).normal(size=shape).astype(np.float32) for shape in ((2, rows, 4, 6), (10, 24)))
+    got = jax.jit(lambda x, k: apart.project(x, {"turned": k}, 2, (2, 5), None))(x[:1], kernel)
+    assert got.shape == (1, rows, 2, 5)
+    assert relative_error(got.reshape(rows, 10), x[0].reshape(rows, 24) @ kernel.T) < 1e-6
+    assert jax.jit(lambda x, k: apart.project(x, {"turned": k}, 2, (10,), np.float32))(x, kernel).shape == (2, rows, 10)
+
+
 def test_who_takes_it():
     large, small = (abstract_params(named_sizes()[name], make_mesh()) for name in ("llava-mini-vicuna-7b", "tiny"))
     assert apart.is_wanted(large, make_mesh()) and not apart.is_wanted(small, make_mesh())
