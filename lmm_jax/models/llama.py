@@ -158,7 +158,8 @@ class LayerStack(nn.Module):
         kept: dict[str, Any] = {}
         params, inner = self.variables.get("params", {}).get("stack"), step.replace(queries=None)
         if apart.is_apart(params):
-            step = step.replace(rope=jax.lax.optimization_barrier(step.rope))  # else every layer computes it again, for each head
+            # without a barrier every layer computes the table again, for each head
+            step = step.replace(rope=jax.lax.optimization_barrier(step.rope))
             inner = step.replace(queries=None)
             x, kept["stack"] = self._run_apart(params, x, inner, prefix.get("stack"), cache)
         elif self.length > 1:
