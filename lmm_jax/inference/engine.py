@@ -227,7 +227,7 @@ class Engine:
     def _groups(self, requests: Sequence[Request], most: int) -> list[_Group]:
         """Requests whose prompts and answers are of like length, `most` of which generate at once if there is memory."""
         prompts, limits = zip(*[self.measure(r) for r in requests]) if requests else ((), ())
-        sizes = [length_bucket(length_bucket(n) + limit) for n, limit in zip(prompts, limits)]
+        sizes = [_room(n, limit) for n, limit in zip(prompts, limits)]
         groups: list[list[int]] = []
         for i in sorted(range(len(requests)), key=lambda i: sizes[i]):
             if not groups or (sizes[i] > 4 * sizes[groups[-1][0]] and len(groups[-1]) >= most):
@@ -287,6 +287,12 @@ class Engine:
 
     def _embed(self, requests: Sequence[Request], between: Callable[[], None] = lambda: None) -> tuple[jax.Array, Layout]:
         return self.embed([r.row() for r in requests], [r.media for r in requests], between)
+
+
+def _room(prompt: int, new: int) -> int:
+    """Positions of a slot for so many with so many new tokens: the same for like ones, and no next step for a few tokens."""
+    prompt = length_bucket(prompt)
+    return min(length_bucket(prompt + new), prompt + length_bucket(new))
 
 
 # ---- the programs: engines of the same model share what is compiled -------------------------------------------------

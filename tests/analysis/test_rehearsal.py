@@ -74,7 +74,7 @@ def test_memory_of_a_long_video():
     config = dataclasses.replace(CONFIG, decoder=dataclasses.replace(CONFIG.decoder, max_position_embeddings=8192))
     short, long = (rehearse(config, requests(n)[:1], make_mesh(), dtype="float32") for n in (2000, 4000))
     before = [max(p.peak for p in r.programs if p.name in ("encode", "fuse", "put")) for r in (short, long)]
-    positions, tokens = 6144 - 3072, 4096 - 2048  # as lengths are rounded up
+    positions, tokens = 4096 - 2048, 4096 - 2048  # as lengths are rounded up
     token = 4 * config.tokens_per_image * config.decoder.hidden_size
     assert before[1] - before[0] == positions * position_bytes(config.decoder, jnp.float32) + tokens * token
     assert next(p.runs for p in long.programs if p.name == "encode") == 4000 // 32

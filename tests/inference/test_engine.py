@@ -296,7 +296,7 @@ def test_groups_fit_the_memory(model):
     short = [Request(prompt(i, 9, 0), sampling=Sampling(4)) for i in range(16)]
     long = [Request(prompt(i, 9, 0), sampling=Sampling(12000)) for i in range(16)]
     assert [(g.rows, len(g.members)) for g in engine._groups(short, 12)] == [(12, 16)]
-    assert [(g.rows, len(g.members), g.length) for g in engine._groups(long, 32)] == [(8, 16, 3072)]
+    assert [(g.rows, len(g.members), g.length) for g in engine._groups(long, 32)] == [(8, 16, 24 + 2048)]
     both = engine._groups(short + long, 12)
     assert [len(g.members) for g in both] == [16, 16] and both[0].length < both[1].length
     few = engine._groups(short[:3] + long[:3], 12)
