@@ -75,7 +75,7 @@ def test_stop_ends_the_answer(start, browser, monkeypatch):
     sampling, advance = page_module.Sampling, live.Slots.advance
 
     def slowly(*args):  # so that there is time to stop it
-        time.sleep(0.02)
+        time.sleep(0.1)
         advance(*args)
 
     monkeypatch.setattr(live, "MOST_STEPS", 1)
