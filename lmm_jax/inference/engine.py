@@ -290,7 +290,10 @@ class Engine:
 
 
 def _room(prompt: int, new: int) -> int:
-    """Positions of a slot for so many with so many new tokens: the same for like ones, and no next step for a few tokens."""
+    """Positions of a slot for a prompt of so many with so many new tokens: alike for like requests, which share programs.
+
+    The smaller of two roundings: a few tokens after a long prompt do not take the next bucket.
+    """
     prompt = length_bucket(prompt)
     return min(length_bucket(prompt + new), prompt + length_bucket(new))
 

@@ -156,11 +156,11 @@ class LayerStack(nn.Module):
         """
         prefix, cache = prefix or {}, dict(cache or {})
         kept: dict[str, Any] = {}
-        params, inner = self.variables.get("params", {}).get("stack"), step.replace(queries=None)
-        if apart.is_apart(params):
-            # without a barrier every layer computes the table again, for each head
+        params = self.variables.get("params", {}).get("stack")
+        if apart.is_apart(params):  # without a barrier XLA computes the table in every layer again, for each head
             step = step.replace(rope=jax.lax.optimization_barrier(step.rope))
-            inner = step.replace(queries=None)
+        inner = step.replace(queries=None)
+        if apart.is_apart(params):
             x, kept["stack"] = self._run_apart(params, x, inner, prefix.get("stack"), cache)
         elif self.length > 1:
             inputs = (jnp.arange(self.length - 1), prefix.get("stack"))

@@ -1,6 +1,7 @@
 """Layers apart and kernels turned, as inference on a processor has them: the same numbers, and taken by large models alone."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import GOLDEN, relative_error
@@ -47,7 +48,9 @@ def test_a_product_with_a_turned_kernel(rows):
     got = jax.jit(lambda x, k: apart.project(x, {"turned": k}, 2, (2, 5), None))(x[:1], kernel)
     assert got.shape == (1, rows, 2, 5)
     assert relative_error(got.reshape(rows, 10), x[0].reshape(rows, 24) @ kernel.T) < 1e-6
-    assert jax.jit(lambda x, k: apart.project(x, {"turned": k}, 2, (10,), np.float32))(x, kernel).shape == (2, rows, 10)
+    wide = apart.project(jnp.asarray(x, jnp.bfloat16), {"turned": kernel}, 2, (10,), jnp.float32)
+    assert wide.shape == (2, rows, 10) and wide.dtype == jnp.float32
+    assert apart.project(jnp.asarray(x, jnp.bfloat16), {"turned": kernel}, 2, (10,), None).dtype == jnp.bfloat16
 
 
 def test_who_takes_it():
