@@ -6,7 +6,8 @@ prints a Markdown table and writes benchmarks/inference_speed.json. The other in
 benchmarks/inference_speed_torch.py on the model of torch_model.py. Both have the same random weights (vision encoder of width
 512 with 12 layers at 336 pixels, decoder of width 1024 with 12 layers, 4 pre-fusion layers, one vision token), compute in
 float32 on the processor, start from uint8 pixels, and must give the same tokens. They take turns within one run, on a machine
-that should have nothing else to do. Peak memory is of processes of their own, which do one thing each.
+that should have nothing else to do. Peak memory is of processes of their own, which do one thing each. Beside the times stands
+how many more matrix products the other side has to do, by count: so much faster we are where both do theirs as fast.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from published import to_hf_names  # noqa: E402
 from twin import Theirs  # noqa: E402
 
 from lmm_jax import checkpoint, sharding  # noqa: E402
+from lmm_jax.analysis import flops  # noqa: E402
 from lmm_jax.config import IMAGE_TOKEN_ID, CompressorConfig, DecoderConfig, ModelConfig, VisionConfig  # noqa: E402
 from lmm_jax.inference.engine import Engine, Request  # noqa: E402
 from lmm_jax.inference.loading import load_params, use_compilation_cache  # noqa: E402
@@ -175,7 +177,28 @@ def measure(name: str, ours: Ours, theirs: Theirs, rounds: int) -> dict[str, Any
         for side, run in sides.items():
             seconds[side].append(run()["seconds"])
     figures = {side: {"median": statistics.median(s), "lowest": min(s), "highest": max(s)} for side, s in seconds.items()}
-    return {"label": CASES[name].label, "same_tokens": float(same), "seconds": figures}
+    return {"label": CASES[name].label, "same_tokens": float(same), "seconds": figures, "flops": counted(name)}
+
+
+def counted(name: str) -> dict[str, float]:
+    """FLOPs of the matrix products of both sides."""
+    images, each = FRAMES if name == "video" else 1, QUESTIONS // PICTURES
+
+    def question(**how: bool) -> dict[str, float]:
+        return flops.totals(flops.question(MODEL, images, TEXT, **how), attention=True)
+
+    ours, kept, published = question(), question(kept=True)["total"], question(published=True)
+    liberties = ("vision encoder", "logits")  # see torch_model.py: the last block and all but the last logits are left out
+    theirs = published["total"] + sum(ours[part] - published[part] for part in liberties)
+    new = LONG if name == "decode" else NEW
+    lengths = (TEXT + MODEL.tokens_per_image + n for n in range(1, new))
+    further = sum(flops.totals(flops.token(MODEL, length), attention=True)["total"] for length in lengths)
+    if name == "decode":
+        return {"jax": further, "torch": further}
+    if name == "mixed":
+        once = (ours["total"] + (each - 1) * kept) * PICTURES
+        return {"jax": once + QUESTIONS * further, "torch": QUESTIONS * (theirs + further)}
+    return {"jax": kept if CASES[name].cached else ours["total"], "torch": theirs}
 
 
 def peaks(name: str, folder: Path, python: str) -> dict[str, int]:
@@ -192,15 +215,17 @@ def peaks(name: str, folder: Path, python: str) -> dict[str, int]:
 def markdown(found: dict[str, dict[str, Any]]) -> str:
     """The figures as a table."""
     lines = [
-        f"| float32, {threads()} cores, seconds (lowest to highest) | lmm-jax | PyTorch | PyTorch / lmm-jax | peak memory |",
-        "|---|---|---|---|---|",
+        f"| float32, {threads()} cores, seconds (lowest to highest) "
+        "| lmm-jax | PyTorch | PyTorch / lmm-jax | by count | peak memory |",
+        "|---|---|---|---|---|---|",
     ]
     for case in found.values():
         ours, theirs = case["seconds"]["jax"], case["seconds"]["torch"]
         times = [f"{s['median']:.3f} ({s['lowest']:.3f} to {s['highest']:.3f})" for s in (ours, theirs)]
         memory = " / ".join(f"{case['peak_bytes'][side] / 1e9:.2f}" for side in ("jax", "torch"))
         ratio = theirs["median"] / ours["median"]
-        lines.append(f"| {case['label']} | {times[0]} | {times[1]} | {ratio:.2f} | {memory} GB |")
+        count = case["flops"]["torch"] / case["flops"]["jax"]
+        lines.append(f"| {case['label']} | {times[0]} | {times[1]} | {ratio:.2f} | {count:.2f} | {memory} GB |")
     return "\n".join(lines)
 
 
