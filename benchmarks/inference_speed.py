@@ -125,6 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--torch-python", help="interpreter that has torch and transformers")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each side in each case (7)")
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="cases; others stay as recorded (all)")
     parser.add_argument("--peak", nargs=2, metavar=("CASE", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:
@@ -137,16 +138,17 @@ def main() -> None:
         folder = Path(name)
         prepare(folder)
         ours, theirs = Ours(folder), Theirs(args.torch_python, "inference_speed_torch.py", folder)
-        found = {name: measure(name, ours, theirs, args.rounds) for name in CASES}
+        found = {name: measure(name, ours, theirs, args.rounds) for name in args.only}
         versions = theirs.versions
         theirs.close()
         del ours
+        how = {"rounds": args.rounds, "machine": machine("jax", "jaxlib", "flax") | versions}
+        how["date"] = datetime.date.today().isoformat()
         for name, figures in found.items():
-            figures["peak_bytes"] = peaks(name, folder, args.torch_python)
+            figures |= {"peak_bytes": peaks(name, folder, args.torch_python)} | how
     print(markdown(found))
-    result = {"rounds": args.rounds, "model": dataclasses.asdict(MODEL), "cases": found}
-    result |= {"machine": machine("jax", "jaxlib", "flax") | versions, "date": datetime.date.today().isoformat()}
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    known = json.loads(RESULT.read_text())["cases"] if len(found) < len(CASES) else {}
+    RESULT.write_text(json.dumps({"model": dataclasses.asdict(MODEL), "cases": known | found}, indent=2) + "\n")
 
 
 def prepare(folder: Path) -> None:

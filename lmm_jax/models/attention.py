@@ -33,6 +33,7 @@ from lmm_jax.errors import UserError
 IMPLEMENTATIONS = ("auto", "plain", "blocks", "cudnn", "splash", "splash_interpret")
 MANY = 1024**2  # scores (T·S) per head from which on they are not all held at once
 BLOCK = 256  # queries per block
+PARTS, PART = 4, 192  # of causal attention on a processor: so many parts at most, of so many queries at least
 NAME = "attention"  # of the result, for what a backward pass keeps
 SPLASH_BLOCK, LANES = 512, 128  # splash's blocks of queries and keys: at most, and in multiples of
 
@@ -72,6 +73,8 @@ def attend(
         out = _on_shards(functools.partial(_cudnn, causal=causal), q, k, v)
     elif chosen == "blocks":
         out = _blocks(q, k, v, causal, mask)
+    elif causal and sharding.platform() == "cpu":
+        out = _in_parts(q, k, v)
     else:
         out = _plain(q, k, v, _causal_mask(q.shape[1], k.shape[1], k.shape[1] - q.shape[1]) if causal else mask)
     return checkpoint_name(out, NAME)
@@ -115,8 +118,24 @@ def _plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> 
     if mask is not None:
         grouped = rearrange(scores, "b k (g t) s -> b k g t s", t=length)
         scores = jnp.where(mask[:, None, None], grouped, jnp.finfo(jnp.float32).min).reshape(scores.shape)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return rearrange(jnp.matmul(weights, v), "b k (g t) h -> b t (k g) h", t=length)
+    if sharding.platform() == "cpu":  # there each step of a softmax goes over all scores again: the last one can wait
+        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+        out = (jnp.matmul(weights.astype(v.dtype), v) / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
+    else:
+        out = jnp.matmul(jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
+    return rearrange(out, "b k (g t) h -> b t (k g) h", t=length)
+
+
+def _in_parts(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Causal, a part of the queries after the other, each with the keys that it sees; an accelerator likes it all at once."""
+    length, later = q.shape[1], k.shape[1] - q.shape[1]
+    size = -(-length // max(1, min(PARTS, length // PART)))
+    parts = []
+    for first in range(0, length, size):
+        end = min(first + size, length)
+        seen = _causal_mask(end - first, end + later, first + later)
+        parts.append(_plain(q[:, first:end], k[:, : end + later], v[:, : end + later], seen))
+    return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
 
 def _blocks(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, mask: jax.Array | None) -> jax.Array:
