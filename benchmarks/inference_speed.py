@@ -124,7 +124,7 @@ def main() -> None:
     """Prepares, checks that both do the same, measures, records."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--torch-python", help="interpreter that has torch and transformers")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each side in each case (7)")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each side in each case (7); 0: memory only")
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="cases; others stay as recorded (all)")
     parser.add_argument("--peak", nargs=2, metavar=("CASE", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -134,20 +134,21 @@ def main() -> None:
         return
     if not args.torch_python:
         parser.error("--torch-python is needed")
+    known = json.loads(RESULT.read_text())["cases"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder)
-        ours, theirs = Ours(folder), Theirs(args.torch_python, "inference_speed_torch.py", folder)
-        found = {name: measure(name, ours, theirs, args.rounds) for name in args.only}
-        versions = theirs.versions
-        theirs.close()
-        del ours
-        how = {"rounds": args.rounds, "machine": machine("jax", "jaxlib", "flax") | versions}
-        how["date"] = datetime.date.today().isoformat()
+        found = {name: known[name] for name in args.only}
+        if args.rounds:
+            ours, theirs = Ours(folder), Theirs(args.torch_python, "inference_speed_torch.py", folder)
+            how = {"rounds": args.rounds, "machine": machine("jax", "jaxlib", "flax") | theirs.versions}
+            how["date"] = datetime.date.today().isoformat()
+            found = {name: measure(name, ours, theirs, args.rounds) | how for name in args.only}
+            theirs.close()
+            del ours
         for name, figures in found.items():
-            figures |= {"peak_bytes": peaks(name, folder, args.torch_python)} | how
+            figures["peak_bytes"] = peaks(name, folder, args.torch_python)
     print(markdown(found))
-    known = json.loads(RESULT.read_text())["cases"] if len(found) < len(CASES) else {}
     RESULT.write_text(json.dumps({"model": dataclasses.asdict(MODEL), "cases": known | found}, indent=2) + "\n")
 
 
