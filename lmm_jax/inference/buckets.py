@@ -17,3 +17,8 @@ def half_steps(n: int) -> int:
 def length_bucket(n: int) -> int:
     """Room for `n` tokens: 24, 32, 48, 64, 96, 128, …, so that at most a third of it is padding where `n` is no less."""
     return max(24, half_steps(n))
+
+
+def power_below(n: int) -> int:
+    """The last of 1, 2, 4, … that is at most `n`, or 1."""
+    return power_of_two(n + 1) // 2 or 1

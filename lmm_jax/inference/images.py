@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lmm_jax.data.layout import Layout
-from lmm_jax.inference.buckets import power_of_two
+from lmm_jax.inference.buckets import power_below, power_of_two
 from lmm_jax.inference.prefix_cache import PrefixCache
 from lmm_jax.models.llava_mini import ImagePrefix, LlavaMini
 from lmm_jax.sharding import batch_multiple, constrain, platform
@@ -59,9 +59,9 @@ class ImageSide:
         processor = platform(mesh) == "cpu"
         room = PROCESSOR_CHUNK_BYTES if processor else CHUNK_BYTES
         each = min(CHUNK // self._multiple, room // self.prefix_bytes)  # images of a device
-        self.chunk = self._multiple * _power_below(each)
+        self.chunk = self._multiple * power_below(each)
         at_once = min(each, CACHE_BYTES // self._score_bytes) if processor else each
-        self.at_once = self._multiple * _power_below(at_once)
+        self.at_once = self._multiple * power_below(at_once)
         self.prefixes = PrefixCache(cache_bytes)
         self._encode, self._fuse = _jitted(model)
         self._put = jax.jit(_put_tokens, donate_argnums=0)
@@ -167,11 +167,6 @@ def _jitted(model: LlavaMini) -> tuple[Callable[..., ImagePrefix], Callable[...,
         return constrain(total.at[rows].add(fused.astype(jnp.float32), mode="drop"), "batch", None, None)
 
     return jax.jit(encode), jax.jit(fuse, donate_argnums=1)
-
-
-def _power_below(n: int) -> int:
-    """The last of 1, 2, 4, … that is at most `n`, or 1."""
-    return power_of_two(n + 1) // 2 or 1
 
 
 def _zeros(shape: tuple[int, int, int], dtype: Any, axis: str | None) -> jax.Array:

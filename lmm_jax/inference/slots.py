@@ -22,7 +22,7 @@ import numpy as np
 from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 
-from lmm_jax.inference.buckets import power_of_two
+from lmm_jax.inference.buckets import power_below, power_of_two
 from lmm_jax.inference.sampling import Sampler, Sampling, sample
 from lmm_jax.models import kv_cache
 from lmm_jax.models.kv_cache import Cache
@@ -246,7 +246,7 @@ class Slots:
         """
         together = len(rows)
         if platform(self._programs.mesh) == "cpu":
-            together = max(1, PROCESSOR_POSITIONS // x.shape[1])
+            together = power_below(PROCESSOR_POSITIONS // x.shape[1])
         for first in range(0, len(rows), together):
             self._enter(x, rows[first : first + together])
 

@@ -1,4 +1,4 @@
-"""Batches, streams, sampling, images and videos through the engine."""
+"""Batches, streams, images and videos through the engine."""
 
 import functools
 
@@ -11,10 +11,11 @@ from support import golden, relative_error
 import lmm_jax
 from lmm_jax.data.layout import Row
 from lmm_jax.errors import DeviceError, UserError
+from lmm_jax.inference import slots
 from lmm_jax.inference.buckets import length_bucket, power_of_two
 from lmm_jax.inference.engine import YIELD_STEPS, Request
 from lmm_jax.inference.images import CHUNK
-from lmm_jax.inference.sampling import Sampler, Sampling, sample
+from lmm_jax.inference.sampling import Sampling
 from lmm_jax.models.llava_mini import LlavaMini
 
 STOP = (2,)
@@ -148,41 +149,6 @@ def test_prompts_that_cannot_be(model, ids, media):
     engine = model().engine
     with pytest.raises(UserError):
         engine.generate([Request(np.array(ids, int), [picture(0, engine.config)] * media)], STOP)
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"max_new_tokens": 0},
-        {"temperature": -1.0},
-        {"top_p": 0.0},
-        {"top_p": 1.5},
-        {"top_k": -1},
-        {"top_k": 2**31},
-        {"seed": -1},
-        {"max_new_tokens": 2.5},
-    ],
-)
-def test_settings_out_of_range(fields):
-    with pytest.raises(UserError, match=next(iter(fields))):
-        Sampling(**fields)
-
-
-def test_sampling_follows_the_distribution():
-    logits = jnp.log(jnp.array([0.5, 0.25, 0.15, 0.1]))
-    count = 4000
-
-    def frequencies(**settings):
-        sampler = Sampler.of([Sampling(temperature=1.0, seed=7) if not settings else Sampling(seed=7, **settings)] * count)
-        drawn = sample(jnp.tile(logits, (count, 1)), sampler, jnp.arange(count))
-        return np.bincount(np.asarray(drawn), minlength=4) / count
-
-    np.testing.assert_allclose(frequencies(), [0.5, 0.25, 0.15, 0.1], atol=0.03)
-    np.testing.assert_allclose(frequencies(temperature=0.5), np.array([0.25, 0.0625, 0.0225, 0.01]) / 0.345, atol=0.03)
-    np.testing.assert_allclose(frequencies(temperature=1.0, top_k=2), [2 / 3, 1 / 3, 0, 0], atol=0.03)
-    np.testing.assert_allclose(frequencies(temperature=1.0, top_p=0.7), [2 / 3, 1 / 3, 0, 0], atol=0.03)
-    np.testing.assert_array_equal(frequencies(temperature=1.0, top_p=0.3), [1, 0, 0, 0])
-    np.testing.assert_array_equal(frequencies(temperature=0.0), [1, 0, 0, 0])
 
 
 def test_the_seed_decides(model):
@@ -323,6 +289,24 @@ def test_rows_leave_and_others_enter(tiny, monkeypatch, mesh):
     assert sum(steps) == 39, "the longest answer is all that is waited for"
     alone = lmm_jax.load(tiny("tiny")).engine
     assert dict(done) == {i: alone.generate([r], ())[0] for i, r in enumerate(requests)}
+
+
+def test_long_prompts_enter_a_few_at_a_time(model, monkeypatch):
+    """What all of them together would take of memory grows with their positions."""
+    engine = model().engine
+    requests = [Request(prompt(i, 20 + i % 3, 0), sampling=Sampling(4, seed=i)) for i in range(7)]
+    entered, prefill = [], engine.programs.prefill
+
+    def counting(params, x, rows, lengths):
+        entered.append(len(rows))
+        return prefill(params, x, rows, lengths)
+
+    monkeypatch.setattr(engine.programs, "prefill", counting)
+    expected = engine.generate(requests, ())
+    assert entered == [8]
+    monkeypatch.setattr(slots, "PROCESSOR_POSITIONS", 64)
+    assert engine.generate(requests, ()) == expected
+    assert entered[1:] == [2, 2, 2, 1]
 
 
 def test_a_long_video_does_not_hold_up_the_others(tiny, monkeypatch):
