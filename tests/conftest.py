@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import signal
 
 # compiling is most of the suite's time, and the models are tiny: spend little on optimising them
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -13,6 +14,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # tests share what they compile, also with the next run
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(os.path.dirname(__file__), "..", ".pytest_cache", "xla")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
+# what a shell starts in the background ignores Ctrl-C, and so would the processes that tests interrupt
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # noqa: E402
 from support import CASES, GOLDEN  # noqa: E402
