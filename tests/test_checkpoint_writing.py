@@ -218,6 +218,5 @@ def test_memory_stays_bounded(folder):
     end = "base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\nrun()\n"
     end += "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) * 1024)"
     out, err = run_writer(folder, "pass", end, count=64, shape=(4096, 4096)).communicate()  # 64 leaves of 64 MiB
-    # leaves as they came, in pieces for the disk, and in the file that is being filled or written; all of them are 4.3 GB
-    assert int(out) < 3 * checkpoint_io.IN_FLIGHT_BYTES + checkpoint_io.DATA_FILE_BYTES, err
+    assert int(out) < 2**31, err  # half of the data; measured 1.2 to 1.7 GB, and 4.7 to 6.1 GB with all leaves in flight
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) > 2**32

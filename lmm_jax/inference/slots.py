@@ -22,14 +22,12 @@ import numpy as np
 from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 
-from lmm_jax.inference.buckets import power_below, power_of_two
+from lmm_jax.inference.buckets import power_of_two
 from lmm_jax.inference.sampling import Sampler, Sampling, sample
 from lmm_jax.models import kv_cache
 from lmm_jax.models.kv_cache import Cache
 from lmm_jax.models.llava_mini import LlavaMini
-from lmm_jax.sharding import batch_multiple, constrain, logical_spec, platform
-
-PROCESSOR_POSITIONS = 1024  # of prompts that a processor takes together: more are no faster, and take more memory
+from lmm_jax.sharding import batch_multiple, constrain, logical_spec
 
 
 @struct.dataclass
@@ -244,13 +242,6 @@ class Slots:
           rows: of each that enters what `leave` calls it, its number in x, how many of its positions are real, and its
             settings, whose max_new_tokens is at most the room, and 1 at least.
         """
-        together = len(rows)
-        if platform(self._programs.mesh) == "cpu":
-            together = power_below(PROCESSOR_POSITIONS // x.shape[1])
-        for first in range(0, len(rows), together):
-            self._enter(x, rows[first : first + together])
-
-    def _enter(self, x: jax.Array, rows: Sequence[tuple[Hashable, int, int, Sampling]]) -> None:
         programs = self._programs
         slots = [slot for slot in range(self._size) if slot not in self._held][: len(rows)]
         self._held |= {slot: key for slot, (key, *_) in zip(slots, rows)}

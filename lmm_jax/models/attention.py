@@ -73,10 +73,10 @@ def attend(
         out = _on_shards(functools.partial(_cudnn, causal=causal), q, k, v)
     elif chosen == "blocks":
         out = _blocks(q, k, v, causal, mask)
-    elif causal and sharding.platform() == "cpu":
+    elif causal:
         out = _in_parts(q, k, v)
     else:
-        out = _plain(q, k, v, _causal_mask(q.shape[1], k.shape[1], k.shape[1] - q.shape[1]) if causal else mask)
+        out = _plain(q, k, v, mask)
     return checkpoint_name(out, NAME)
 
 
@@ -127,15 +127,16 @@ def _plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> 
 
 
 def _in_parts(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Causal, a part of the queries after the other, each with the keys that it sees; an accelerator likes it all at once."""
+    """Causal, on a processor a part of the queries after the other, each with the keys that it sees."""
     length, later = q.shape[1], k.shape[1] - q.shape[1]
-    size = -(-length // max(1, min(PARTS, length // PART)))
+    most = PARTS if sharding.platform() == "cpu" else 1  # an accelerator likes it all at once
+    size = -(-length // max(1, min(most, length // PART)))
     parts = []
     for first in range(0, length, size):
         end = min(first + size, length)
         seen = _causal_mask(end - first, end + later, first + later)
         parts.append(_plain(q[:, first:end], k[:, : end + later], v[:, : end + later], seen))
-    return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+    return jnp.concatenate(parts, axis=1)
 
 
 def _blocks(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, mask: jax.Array | None) -> jax.Array:

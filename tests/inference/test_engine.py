@@ -11,7 +11,6 @@ from support import golden, relative_error
 import lmm_jax
 from lmm_jax.data.layout import Row
 from lmm_jax.errors import DeviceError, UserError
-from lmm_jax.inference import slots
 from lmm_jax.inference.buckets import length_bucket, power_of_two
 from lmm_jax.inference.engine import YIELD_STEPS, Request
 from lmm_jax.inference.images import CHUNK
@@ -289,24 +288,6 @@ def test_rows_leave_and_others_enter(tiny, monkeypatch, mesh):
     assert sum(steps) == 39, "the longest answer is all that is waited for"
     alone = lmm_jax.load(tiny("tiny")).engine
     assert dict(done) == {i: alone.generate([r], ())[0] for i, r in enumerate(requests)}
-
-
-def test_long_prompts_enter_a_few_at_a_time(model, monkeypatch):
-    """What all of them together would take of memory grows with their positions."""
-    engine = model().engine
-    requests = [Request(prompt(i, 20 + i % 3, 0), sampling=Sampling(4, seed=i)) for i in range(7)]
-    entered, prefill = [], engine.programs.prefill
-
-    def counting(params, x, rows, lengths):
-        entered.append(len(rows))
-        return prefill(params, x, rows, lengths)
-
-    monkeypatch.setattr(engine.programs, "prefill", counting)
-    expected = engine.generate(requests, ())
-    assert entered == [8]
-    monkeypatch.setattr(slots, "PROCESSOR_POSITIONS", 64)
-    assert engine.generate(requests, ()) == expected
-    assert entered[1:] == [2, 2, 2, 1]
 
 
 def test_a_long_video_does_not_hold_up_the_others(tiny, monkeypatch):
