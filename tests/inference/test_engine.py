@@ -1,6 +1,7 @@
 """Batches, streams, images and videos through the engine."""
 
 import functools
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -254,6 +255,26 @@ def test_a_new_picture_beside_known_ones_is_encoded_alone(tiny, monkeypatch):
     for n in range(1, 6):
         engine.generate([Request(prompt(n, 20, n), pictures[:n], Sampling(1))], STOP)
     assert sizes == [1] * 5
+
+
+def test_pictures_that_are_encoded_one_by_one_are_not_mixed_up(tiny, monkeypatch):
+    """Two threads start them in turn."""
+    engine = lmm_jax.load(tiny("tiny"), prefix_cache_bytes=0).engine
+    requests = mixed_requests(engine.config, 9)
+    expected = engine.generate(requests, STOP)
+    starts, encode = [], engine.images._encode
+
+    def counting(params, pixels):
+        starts.append((threading.get_ident(), len(pixels)))
+        return encode(params, pixels)
+
+    monkeypatch.setattr(engine.images, "_encode", counting)
+    monkeypatch.setattr(engine.images, "at_once", 1)
+    assert engine.generate(requests, STOP) == expected
+    threads = [thread for thread, _ in starts]
+    images = sum(sum(r.row().images) for r in requests)
+    assert [size for _, size in starts] == [1] * images and 0 <= threads.count(threads[0]) - images / 2 <= 1
+    assert len(set(threads)) == 2
 
 
 def test_groups_fit_the_memory(model):
