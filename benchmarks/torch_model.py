@@ -156,10 +156,13 @@ def _clip(v: dict[str, Any]) -> CLIPVisionConfig:
 
 
 def load_weights(model: LlavaMini, file: Path) -> None:
-    """From an NPZ file of arrays under Hugging Face's names."""
-    with np.load(file) as weights:
-        renamed = {name.replace(VISION, "model.vision_tower."): torch.from_numpy(w) for name, w in weights.items()}
-    model.load_state_dict({name.removeprefix("model."): w for name, w in renamed.items()})
+    """From an NPZ file of arrays under Hugging Face's names, one after the other, so that few lie in memory twice."""
+    missing = model.state_dict()
+    with np.load(file) as weights, torch.no_grad():
+        for name, array in weights.items():
+            missing.pop(name.replace(VISION, "model.vision_tower.").removeprefix("model.")).copy_(torch.from_numpy(array))
+    if missing:
+        sys.exit(f"{file} lacks {', '.join(missing)}")
 
 
 def answer_lines(doc: str, start: Callable[[Path], Callable[[list[str]], dict[str, Any]]]) -> None:

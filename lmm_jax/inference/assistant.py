@@ -296,7 +296,7 @@ class Assistant:
     def _open(self, medium: np.ndarray | Video | Frames, stack: contextlib.ExitStack) -> Medium:
         if not isinstance(medium, Video):
             return medium
-        return _Stream(stack.enter_context(self._frames(medium)), self._pixels)
+        return _Stream(lambda: stack.enter_context(self._frames(medium)), self._pixels)
 
     def _frames(self, video: Video) -> FrameStream | FrameFolder:
         size = self.config.vision.image_size
@@ -359,16 +359,19 @@ class Chat:
 
 
 class _Stream:
-    """Frames of a video as the engine takes them: sized, each (P,H,W,3) uint8."""
+    """Frames of a video as the engine takes them: sized, each (P,H,W,3) uint8. Wanted again, it is read again."""
 
-    def __init__(self, frames: FrameStream | FrameFolder, pixels: Callable[[Image.Image], np.ndarray]) -> None:
-        self._frames, self._pixels = frames, pixels
+    def __init__(self, read: Callable[[], FrameStream | FrameFolder], pixels: Callable[[Image.Image], np.ndarray]) -> None:
+        self._read, self._pixels = read, pixels
+        self._frames: FrameStream | FrameFolder | None = read()
+        self._length = len(self._frames)
 
     def __len__(self) -> int:
-        return len(self._frames)
+        return self._length
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        return (self._pixels(Image.fromarray(frame)) for frame in self._frames)
+        frames, self._frames = self._frames or self._read(), None
+        return (self._pixels(Image.fromarray(frame)) for frame in frames)
 
 
 def _sampling(fields: dict[str, Any]) -> Sampling:

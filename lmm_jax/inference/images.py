@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lmm_jax.data.layout import Layout
+from lmm_jax.errors import UserError
 from lmm_jax.inference.buckets import power_below, power_of_two
 from lmm_jax.inference.prefix_cache import PrefixCache
 from lmm_jax.models.llava_mini import ImagePrefix, LlavaMini
@@ -149,7 +150,7 @@ class ImageSide:
         """Starts to encode.
 
         A processor does what one thread asks for in order; asked by two in turn, it is at one's products while the other's
-        program is where a single core works.
+        program is where a single core works. Of what JAX sets for a thread, the helper is given the mesh.
         """
         if self._helper is None or number % 2 == 0:
             return self._encode(params, pixels)
@@ -224,7 +225,7 @@ class _Item:
 
 
 def _flow(media: Sequence[Sequence[Medium]], counts: list[list[int]], fits: int) -> Iterator[_Item]:
-    """All images and frames in order; `counts` is filled with how many each medium really had.
+    """All images and frames in order; `counts` is filled with how many each medium really had, UserError where that is none.
 
     Media of at most `fits` images are kept: a longer video would only push everything out of the cache.
     """
@@ -234,6 +235,8 @@ def _flow(media: Sequence[Sequence[Medium]], counts: list[list[int]], fits: int)
             for pixels in [medium] if isinstance(medium, np.ndarray) else medium:
                 counts[row][m] += 1
                 yield _Item(row, pixels, keep)
+            if not counts[row][m]:
+                raise UserError(f"a video gave none of its {count_images(medium)} frames: give one that can be read again")
 
 
 def _chunks(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:

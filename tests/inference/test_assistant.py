@@ -1,11 +1,14 @@
 """Questions with real files: pictures, clips, prompts, conversations."""
 
+import contextlib
+import dataclasses
 import functools
 import io
 import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,6 +18,7 @@ import lmm_jax
 from lmm_jax.data.conversation import Message, render
 from lmm_jax.errors import UserError
 from lmm_jax.inference.assistant import Conversation, Question, Video
+from lmm_jax.inference.sampling import Sampling
 
 NAMES = ("tall", "wide", "odd", "small", "frame", "exact", "grey", "rgba")
 
@@ -68,6 +72,44 @@ def test_mixed_questions_equal_asking_alone(model, clip, count):
     together = model().ask_batch(asked, **settings)
     assert together == [model().ask(q.text, q.images, q.video, **settings) for q in asked]
     assert len(set(together)) > count // 3  # the questions do make a difference
+
+
+def test_videos_are_read_again_where_memory_was_too_small(model, clip, monkeypatch):
+    asked = [Question(f"What {'is ' * i}it?", video=Video(clip, end=2 + i)) for i in range(4)]
+    expected = model().ask_batch(asked, max_new_tokens=8)
+    programs = model().engine.programs
+    decode = programs.decode
+
+    def failing(params, state, *told):
+        if len(state.done) > 1:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return decode(params, state, *told)
+
+    monkeypatch.setattr(programs, "decode", failing)
+    assert model().ask_batch(asked, max_new_tokens=8) == expected
+    assert len(set(expected)) > 1  # the videos do make a difference
+
+
+def test_a_video_that_can_be_read_only_once(model, clip):
+    with contextlib.ExitStack() as stack:
+        conversation = Conversation((Message("user", "<image>\nWhat?"),), (Video(clip),))
+        request = model().request(conversation, None, Sampling(2), stack)
+        assert len(model().engine.generate([request], ())[0]) == 2
+        once = dataclasses.replace(request, media=[Once(request.media[0])])
+        assert model().engine.generate([once], ()) == model().engine.generate([request], ())
+        with pytest.raises(UserError, match="none of its 10 frames"):
+            model().engine.generate([once], ())
+
+
+class Once:
+    def __init__(self, frames):
+        self._length, self._frames = len(frames), iter(frames)
+
+    def __len__(self):
+        return self._length
+
+    def __iter__(self):
+        return self._frames
 
 
 def test_batch_takes_plain_text_too(model):
