@@ -134,7 +134,7 @@ def main() -> None:
         return
     if not args.torch_python:
         parser.error("--torch-python is needed")
-    known = json.loads(RESULT.read_text())["cases"]
+    known = json.loads(RESULT.read_text())["cases"] if RESULT.exists() else {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder)

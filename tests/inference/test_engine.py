@@ -257,9 +257,10 @@ def test_a_new_picture_beside_known_ones_is_encoded_alone(tiny, monkeypatch):
     assert sizes == [1] * 5
 
 
-def test_pictures_that_are_encoded_one_by_one_are_not_mixed_up(tiny, monkeypatch):
+@pytest.mark.parametrize("cache", [0, 2**30])
+def test_pictures_that_are_encoded_one_by_one_are_not_mixed_up(tiny, monkeypatch, cache):
     """Two threads start them in turn."""
-    engine = lmm_jax.load(tiny("tiny"), prefix_cache_bytes=0).engine
+    engine = lmm_jax.load(tiny("tiny"), prefix_cache_bytes=cache).engine
     requests = mixed_requests(engine.config, 9)
     expected = engine.generate(requests, STOP)
     starts, encode = [], engine.images._encode
@@ -270,11 +271,22 @@ def test_pictures_that_are_encoded_one_by_one_are_not_mixed_up(tiny, monkeypatch
 
     monkeypatch.setattr(engine.images, "_encode", counting)
     monkeypatch.setattr(engine.images, "at_once", 1)
+    engine.images.prefixes.clear()
     assert engine.generate(requests, STOP) == expected
     threads = [thread for thread, _ in starts]
     images = sum(sum(r.row().images) for r in requests)
     assert [size for _, size in starts] == [1] * images and 0 <= threads.count(threads[0]) - images / 2 <= 1
     assert len(set(threads)) == 2
+
+    def failing(params, pixels):
+        if threading.get_ident() != threads[0]:
+            raise jax.errors.JaxRuntimeError("INTERNAL: the device has gone")
+        return encode(params, pixels)
+
+    monkeypatch.setattr(engine.images, "_encode", failing)
+    engine.images.prefixes.clear()
+    with pytest.raises(DeviceError, match="the device has gone"):
+        engine.generate(requests, STOP)
 
 
 def test_groups_fit_the_memory(model):
