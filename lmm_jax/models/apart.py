@@ -37,8 +37,8 @@ def is_wanted(abstract: Any, mesh: Mesh) -> bool:
 
 def set_apart(path: str, leaf: jax.Array) -> Any:
     """A leaf of the parameter tree in this form; `path` as "layers/stack/mlp/up_proj/kernel"."""
-    if "/stack/" in path:  # one layer at a time, so that the stack does not lie in memory twice more
-        return tuple(jax.block_until_ready(_turn(path, leaf[i])) for i in range(len(leaf)))
+    if "/stack/" in path:
+        return tuple(_turn(path, leaf[i]) for i in range(len(leaf)))
     return _turn(path, leaf)
 
 
