@@ -134,7 +134,7 @@ def test_libraries_stay_in_their_rooms(file):
     assert "torch" not in libraries
     assert "jax" not in libraries or not name.startswith("lmm_jax.data")
     assert not any(n.startswith("flax.linen") for n in imports(file)) or name.startswith("lmm_jax.models")
-    assert "transformers" not in libraries or name == "lmm_jax.data.tokenize"
+    assert "transformers" not in libraries or name == "lmm_jax.data.tokenizer_files"
 
 
 @pytest.mark.parametrize("file", FILES, ids=module_name)

@@ -1,15 +1,13 @@
 """Text <-> token ids: the checkpoint's own tokenizer, prompt spans -> ids and labels, and streaming back (spec section 8).
 
-`tokenizers` reads files that say all there is to know (LLaMA-3.1's); for others `transformers` is imported, which takes long.
+`tokenizer_files` reads the files.
 """
 
 from __future__ import annotations
 
 import codecs
-import datetime
 import functools
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +17,7 @@ import numpy as np
 
 from lmm_jax import storage
 from lmm_jax.config import IGNORE_LABEL, IMAGE_TOKEN_ID
+from lmm_jax.data import tokenizer_files
 from lmm_jax.data.conversation import IMAGE, Span
 from lmm_jax.errors import UserError
 
@@ -32,7 +31,7 @@ class Tokenizer:
     """A LLaMA tokenizer: byte-level BPE (LLaMA-3.1, `tokenizer.json`) or SentencePiece (Vicuna, `tokenizer.model`)."""
 
     def __init__(self, hf: Any, folder: Path, legacy: bool) -> None:
-        """Wrap a loaded `transformers` tokenizer, or a `_Plain` one; use `load` instead. For `legacy` see `_pin_spaces`.
+        """Wrap what `tokenizer_files.read` gives; use `load` instead. For `legacy` see `_pin_spaces`.
 
         Raises:
           UserError: it is of neither kind.
@@ -72,17 +71,14 @@ class Tokenizer:
             )
         file = folder / "tokenizer_config.json"
         try:
-            if not (folder / "tokenizer.json").is_file():
-                _check_sentencepiece(folder / "tokenizer.model")
             settings = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-            legacy = settings.get("legacy")
-            hf = _Plain.load(folder, settings) or _by_transformers(folder)
+            hf = tokenizer_files.read(folder, settings)
         except Exception as error:  # whatever a broken file makes the parsers raise
             cause = f"{type(error).__name__}: {error}".splitlines()[0]
             raise UserError(
                 f"the tokenizer in {folder} cannot be read ({cause}): copy its files again from the checkpoint"
             ) from error
-        return cls(hf, folder, legacy is not False)
+        return cls(hf, folder, settings.get("legacy") is not False)
 
     @property
     def bos_token(self) -> str | None:
@@ -244,100 +240,6 @@ def stop_token_ids(tokenizer: Tokenizer, template: str, eos_token_ids: Iterable[
     if template.startswith("llava_llama_3_1"):
         ids |= {i for i in map(tokenizer.token_id, _LLAMA_STOPS) if i is not None}
     return tuple(sorted(ids))
-
-
-class _Plain:
-    """What `transformers` makes of a `tokenizer.json` that it takes as it is, without importing it."""
-
-    _KNOWN = {"tokenizer_class", "model_max_length", "model_input_names", "clean_up_tokenization_spaces", "chat_template"}
-    _TOKENS = ("bos_token", "eos_token", "pad_token")
-
-    def __init__(self, folder: Path, backend: Any, settings: dict[str, Any]) -> None:
-        self._folder, self.backend_tokenizer, self.chat_template = folder, backend, settings.get("chat_template")
-        self.added_tokens_decoder = backend.get_added_tokens_decoder()
-        self.bos_token, eos, pad = (_content(settings.get(name)) for name in self._TOKENS)
-        tokens = dict(zip(self._TOKENS, (self.bos_token, eos, pad)))
-        self._named = {name: token for name, token in tokens.items() if token is not None}
-        ids = (None if token is None else backend.token_to_id(token) for token in tokens.values())
-        self.bos_token_id, self.eos_token_id, self.pad_token_id = ids
-
-    @classmethod
-    def load(cls, folder: Path, settings: dict[str, Any]) -> _Plain | None:
-        """None where the files ask for anything that a `tokenizer.json` does not say by itself."""
-        file = folder / "tokenizer.json"
-        is_known = settings.keys() <= cls._KNOWN | {*cls._TOKENS, "added_tokens_decoder"}
-        others = ("added_tokens.json", "chat_template.jinja", "chat_template.json")
-        is_one = file.is_file() and not any((folder / name).exists() for name in others)
-        is_known &= isinstance(settings.get("chat_template"), str | None)
-        if not (is_one and is_known and settings.get("tokenizer_class") == "PreTrainedTokenizerFast"):
-            return None
-        import tokenizers
-
-        plain = cls(folder, tokenizers.Tokenizer.from_file(str(file)), settings)
-        special = folder / "special_tokens_map.json"
-        named = json.loads(special.read_text("utf-8")) if special.is_file() else {}
-        named = {name: _content(token) for name, token in named.items()}
-        added = {str(i): token.content for i, token in plain.added_tokens_decoder.items() if token.special}
-        expected = {i: token["content"] for i, token in settings.get("added_tokens_decoder", {}).items()}
-        tokens = {name: _content(settings[name]) for name in cls._TOKENS if name in settings}
-        same = named.items() <= tokens.items() and expected.items() <= added.items()
-        return plain if same and set(tokens.values()) <= {None, *added.values()} else None
-
-    def apply_chat_template(self, turns: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool) -> str:
-        """As `transformers` has it rendered, which does it where the template has tags of its own."""
-        import jinja2
-
-        assert not tokenize
-        try:
-            return self._template.render(messages=turns, add_generation_prompt=add_generation_prompt, **self._named)
-        except jinja2.TemplateSyntaxError:
-            whole = _by_transformers(self._folder)
-            return whole.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
-
-    @functools.cached_property
-    def _template(self) -> Any:
-        import jinja2.ext
-        import jinja2.sandbox
-
-        def refuse(message: str) -> None:
-            raise jinja2.TemplateError(message)
-
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-        )
-        now = {"strftime_now": lambda form: datetime.datetime.now().strftime(form)}
-        environment.globals |= now | {"raise_exception": refuse}
-        environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-        return environment.from_string(self.chat_template)
-
-
-def _content(token: str | dict[str, Any] | None) -> str | None:
-    """A token's text, as the files name tokens."""
-    return token["content"] if isinstance(token, dict) else token
-
-
-def _by_transformers(folder: Path) -> Any:
-    return _auto_tokenizer().from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-
-
-def _auto_tokenizer() -> Any:
-    """`transformers.AutoTokenizer`, imported without the notice that there is no PyTorch; the user's own setting wins."""
-    name = "TRANSFORMERS_VERBOSITY"
-    unset = name not in os.environ
-    os.environ.setdefault(name, "error")
-    try:
-        from transformers import AutoTokenizer
-    finally:
-        if unset:
-            del os.environ[name]
-    return AutoTokenizer
-
-
-def _check_sentencepiece(file: Path) -> None:
-    """Raise if this is no SentencePiece model; transformers would make an empty vocabulary of it, or ask for tiktoken."""
-    import sentencepiece
-
-    sentencepiece.SentencePieceProcessor(model_file=str(file))
 
 
 def _pin_spaces(backend: Any, legacy: bool) -> None:

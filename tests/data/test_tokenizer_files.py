@@ -11,7 +11,9 @@ import pytest
 from support import GOLDEN
 
 from lmm_jax.data.tokenize import Tokenizer
+from lmm_jax.data.tokenizer_files import Plain
 from lmm_jax.demo import MODEL
+from lmm_jax.errors import UserError
 
 LLAMA3 = GOLDEN / "text" / "llama3_tokenizer"
 
@@ -62,18 +64,47 @@ def test_plain_files_are_read_without_transformers(folder):
         {"tokenizer_class": "LlamaTokenizerFast"},
         {"pad_token": "<new>"},
         {"split_special_tokens": True},
+        {"added_tokens_decoder": {"480": {"content": "<|begin_of_text|>", "lstrip": True, "special": True}}},
     ],
 )
 def test_files_that_ask_for_more_are_read_by_transformers(tmp_path, settings):
     tokenizer = changed(tmp_path, **settings)
     theirs = by_transformers(tokenizer.folder)
-    assert type(tokenizer._hf) is type(theirs) and tokenizer.pad_token_id == theirs.pad_token_id
+    assert type(tokenizer._hf) is type(theirs) is not Plain and tokenizer.pad_token_id == theirs.pad_token_id
     for text in random_texts(50):
         assert tokenizer.encode_text(text) == tokenizer._hf.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def test_a_template_with_tags_of_transformers_own(tmp_path):
-    template = "{%- for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{%- for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+        "{%- set n = namespace(i=0) %}{% for m in messages %}{% set n.i = n.i + 1 %}{{ n.i }}{{ m.content }}{% endfor %}",
+        "{{ dict(a=1) | tojson }}{{ messages | tojson(indent=2) }}",
+        "{{ tools is none }}{% for i in range(3) %}{% if i == 1 %}{% continue %}{% endif %}{{ i }}{% endfor %}",
+        "{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ unk_token is defined }}{{ strftime_now('%Y') }}",
+        "{{ add_generation_prompt }}{{ documents is none }}{{ messages[0].content }}",
+    ],
+)
+def test_templates_of_all_kinds(tmp_path, template):
+    tokenizer, turns = changed(tmp_path, chat_template=template), [{"role": "user", "content": "<Hé>"}]
+    expected = by_transformers(tmp_path).apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert type(tokenizer._hf) is Plain and expected
+    assert tokenizer.apply_chat_template(turns, add_generation_prompt=True) == expected
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__ }}",
+        "{%- set n = namespace(__init__=1) %}",
+        "{{ messages.append(1) }}",
+        "{{ cycler.__init__.__globals__ }}",
+        "{{ raise_exception('Conversation roles must alternate') }}",
+    ],
+)
+def test_templates_that_are_refused(tmp_path, template):
     tokenizer = changed(tmp_path, chat_template=template)
-    assert type(tokenizer._hf) is type(Tokenizer.load(LLAMA3)._hf)
-    assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True) == "Hi"
+    assert type(tokenizer._hf) is Plain
+    with pytest.raises(UserError, match="refuses the conversation"):
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
