@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 
-from lmm_jax import checkpoint_io, storage
+from lmm_jax import checkpoint_io, checkpoint_mesh, storage
 from lmm_jax.checkpoint_io import LazyLeaf
 from lmm_jax.config import FORMAT, ModelConfig, from_json, to_json
 from lmm_jax.errors import UserError
@@ -158,18 +158,24 @@ def read_leaf(folder: Path | str, name: str) -> np.ndarray:
 
 
 def load_params(
-    folder: Path | str, abstract: Any, *, dtype: Any = None, each: Callable[[str, jax.Array], Any] | None = None
+    folder: Path | str,
+    abstract: Any,
+    *,
+    dtype: Any = None,
+    layers_apart: bool = False,
+    each: Callable[[str, jax.Array], Any] | None = None,
 ) -> Any:
     """Reads the parameters of a model folder, each device's slice straight from the disk.
 
-    A process reads what its own devices hold and no more; at most one leaf (a stack of layers) is on its way at a time.
+    A process reads what its own devices hold and no more; 64 MB, or one array, are on their way at a time.
 
     Args:
       folder: a model folder.
       abstract: the parameter tree as ShapeDtypeStructs with `.sharding`; arrays are cast to its dtypes.
       dtype: in place of the dtypes of `abstract`.
-      each: is given the path of each leaf ("layers/stack/mlp/up_proj/kernel") and the leaf as soon as it is there; what it
-        returns, an array or a tree of them, takes the leaf's place before the next one is read.
+      layers_apart: a stack of layers (L, …) becomes a tuple of L arrays (…).
+      each: is given the path of each leaf ("layers/stack/mlp/up_proj/kernel") and its array, or each of its layers' where they
+        are apart, as soon as it is there; what it returns, an array or a tree of them, takes its place.
 
     Returns:
       A tree like `abstract` of jax Arrays.
@@ -187,12 +193,18 @@ def load_params(
     faults += [f"{name} is unknown to the model" for name in stores if name not in wanted and not is_export_only(name, config)]
     if faults:
         raise UserError(f"the parameters in {folder} do not fit the model: " + "; ".join(faults))
-    loaded = []
+    sources = []
     for path, leaf in leaves.items():
-        layers = [stores[name] for name in names[path]]
-        array = _place(folder, ts.stack(layers) if "/stack/" in path else layers[0], leaf, dtype)
-        loaded.append(array if each is None else jax.block_until_ready(each(path, array)))
-    return jax.tree.unflatten(jax.tree.structure(abstract), loaded)
+        layers, leaf = [stores[name] for name in names[path]], leaf.update(dtype=jnp.dtype(dtype or leaf.dtype))
+        if "/stack/" not in path or not layers_apart:
+            sources.append((path, ts.stack(layers) if "/stack/" in path else layers[0], leaf))
+        else:
+            sources.extend((path, layer, checkpoint_mesh.layer_of(leaf)) for layer in layers)
+    loaded: dict[str, list[Any]] = {path: [] for path in leaves}
+    for path, array in checkpoint_mesh.read_in_order(folder, sources):
+        loaded[path].append(array if each is None else jax.block_until_ready(each(path, array)))
+    found = [tuple(of) if layers_apart and "/stack/" in path else of[0] for path, of in loaded.items()]
+    return jax.tree.unflatten(jax.tree.structure(abstract), found)
 
 
 def place_leaves(leaves: Mapping[str, LazyLeaf], abstract: Any) -> Any:
@@ -223,21 +235,6 @@ def place_leaves(leaves: Mapping[str, LazyLeaf], abstract: Any) -> Any:
 def _read_once(leaf: LazyLeaf) -> LazyLeaf:
     """A leaf that, where it cannot read a part of itself, keeps the whole for the next part."""
     return leaf if leaf.part else dataclasses.replace(leaf, read=functools.cache(leaf.read))
-
-
-def _place(folder: Path, store: ts.TensorStore, leaf: jax.ShapeDtypeStruct, dtype: Any) -> jax.Array:
-    """Reads each different slice once, all at the same time, and hands it to the devices that hold it."""
-    dtype = jnp.dtype(leaf.dtype if dtype is None else dtype)
-
-    def bounds(index: tuple[slice, ...]) -> tuple[tuple[int, int, int], ...]:
-        return tuple(part.indices(size) for part, size in zip(index, leaf.shape))
-
-    slices = {bounds(index) for index in leaf.sharding.addressable_devices_indices_map(leaf.shape).values()}
-    parts = {key: checkpoint_io.start_reading(store, tuple(slice(a, b) for a, b, _ in key), dtype) for key in slices}
-    with checkpoint_io.damage_is_a_user_error(folder):
-        for _, done in parts.values():
-            done.result()
-    return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: parts[bounds(index)][0], dtype=dtype)
 
 
 def _params(folder: Path) -> Path:

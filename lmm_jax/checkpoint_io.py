@@ -122,7 +122,7 @@ def open_arrays(folder: Path) -> dict[str, ts.TensorStore]:
       ValueError: the database is missing or damaged (see `damage_is_a_user_error`).
     """
     kvstore = _kvstore(folder)
-    context = _context()
+    context = _context(mapped=True)
     keys = ts.KvStore.open(kvstore, context=context).result().list().result()
     names = sorted(key.removesuffix(b"/zarr.json").decode() for key in keys if key.endswith(b"/zarr.json"))
     opening = {name: ts.open(_array(folder, name), context=context, read=True, open=True) for name in names}
@@ -135,7 +135,7 @@ def open_array(folder: Path, name: str) -> ts.TensorStore:
     Raises:
       ValueError: it is missing, or the database is damaged.
     """
-    return ts.open(_array(folder, name), context=_context(), read=True, open=True).result()
+    return ts.open(_array(folder, name), context=_context(mapped=True), read=True, open=True).result()
 
 
 def start_reading(store: ts.TensorStore, part: tuple[slice, ...], dtype: np.dtype) -> tuple[np.ndarray, ts.WriteFutures]:
@@ -186,9 +186,16 @@ def _produce(name: str, leaf: LazyLeaf | np.ndarray) -> np.ndarray:
     return array
 
 
-def _context() -> ts.Context:
-    """The index is kept in memory, array data is not."""
-    return ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": 10**8}})
+def _context(mapped: bool = False) -> ts.Context:
+    """The index is kept in memory, array data is not.
+
+    Args:
+      mapped: chunks are mapped into memory to be read, as safetensors does: copying them there first takes the system
+        longer than everything else together.
+    """
+    return ts.Context(
+        {"cache_pool#ocdbt": {"total_bytes_limit": 10**8}, "file_io_mode": {"mode": "memmap" if mapped else "default"}}
+    )
 
 
 def _kvstore(folder: Path, path: str = "") -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The rooms: imports run one way, and each library is used where it belongs."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -100,7 +101,7 @@ def module_name(file: Path) -> str:
 
 
 def room(module: str) -> str:
-    module = module.replace("lmm_jax.checkpoint_io", "lmm_jax.checkpoint")
+    module = re.sub("checkpoint_(io|mesh)", "checkpoint", module)
     return max((r for r in ROOMS if module == r or module.startswith(r + ".")), key=len)
 
 

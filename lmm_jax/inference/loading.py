@@ -69,10 +69,11 @@ def load(
 
 def load_params(folder: Path, abstract: Any, mesh: Mesh, quantize: str | None = None) -> Any:
     """The parameters of a model folder in the form that inference on a mesh wants; `abstract` as of `abstract_params`."""
-    each = apart.set_apart if apart.is_wanted(abstract, mesh) else None
     if quantize:
-        each = functools.partial(quantization.quantize_leaf, kind=quantize)
-    return checkpoint.load_params(folder, abstract, each=each)
+        return checkpoint.load_params(folder, abstract, each=functools.partial(quantization.quantize_leaf, kind=quantize))
+    if apart.is_wanted(abstract, mesh):
+        return checkpoint.load_params(folder, abstract, layers_apart=True, each=apart.turn)
+    return checkpoint.load_params(folder, abstract)
 
 
 def use_compilation_cache() -> None:

@@ -35,20 +35,18 @@ def is_wanted(abstract: Any, mesh: Mesh) -> bool:
     return mesh.size == 1 and platform(mesh) == "cpu" and size >= LARGE
 
 
-def set_apart(path: str, leaf: jax.Array) -> Any:
-    """A leaf of the parameter tree in this form; `path` as "layers/stack/mlp/up_proj/kernel"."""
-    if "/stack/" in path:
-        return tuple(_turn(path, leaf[i]) for i in range(len(leaf)))
-    return _turn(path, leaf)
-
-
 def set_all_apart(params: Any) -> Any:
     """The whole parameter tree in this form."""
+
+    def set_apart(path: str, leaf: jax.Array) -> Any:
+        return tuple(turn(path, leaf[i]) for i in range(len(leaf))) if "/stack/" in path else turn(path, leaf)
+
     leaves = [set_apart(path, leaf) for path, leaf in leaf_paths(params).items()]
     return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
-def _turn(path: str, leaf: jax.Array) -> Any:
+def turn(path: str, leaf: jax.Array) -> Any:
+    """A leaf, or one layer of a stack's, in this form; `path` as "layers/stack/mlp/up_proj/kernel"."""
     if not _TURNED.fullmatch(path):
         return leaf
     inputs = 2 if "/o_proj/" in path else 1
