@@ -40,7 +40,7 @@ from lmm_jax import checkpoint, sharding  # noqa: E402
 from lmm_jax.analysis import flops  # noqa: E402
 from lmm_jax.config import IMAGE_TOKEN_ID, CompressorConfig, DecoderConfig, ModelConfig, VisionConfig  # noqa: E402
 from lmm_jax.inference.engine import Engine, Request  # noqa: E402
-from lmm_jax.inference.loading import load_params, use_compilation_cache  # noqa: E402
+from lmm_jax.inference.loading import load_params, share_heaps, use_compilation_cache  # noqa: E402
 from lmm_jax.inference.sampling import Sampling  # noqa: E402
 from lmm_jax.models.llava_mini import abstract_params, init_params  # noqa: E402
 
@@ -84,6 +84,7 @@ class Ours:
 
     def __init__(self, folder: Path) -> None:
         """Loads what `prepare` wrote."""
+        share_heaps()
         use_compilation_cache()
         mesh = sharding.make_mesh()
         params = load_params(folder / "model", abstract_params(MODEL, mesh, jnp.float32), mesh)

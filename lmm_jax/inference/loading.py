@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 from pathlib import Path
@@ -21,6 +22,8 @@ from lmm_jax.models.attention import IMPLEMENTATIONS
 from lmm_jax.models.llava_mini import abstract_params
 
 DTYPES = ("float32", "bfloat16")
+
+_M_ARENA_MAX = -8  # in glibc's malloc.h
 
 
 def load(
@@ -48,6 +51,7 @@ def load(
       UserError: no model folder, not converted yet, damaged; a mesh that does not fit the devices; an unknown dtype,
         quantisation, cache or kernel.
     """
+    share_heaps()
     if attention not in IMPLEMENTATIONS:
         raise UserError(f"there is no attention {attention!r}: choose one of {', '.join(IMPLEMENTATIONS)}")
     if dtype is not None and dtype not in DTYPES:
@@ -83,3 +87,14 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.join(base, "lmm-jax", "xla"))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:  # by default small programs are not kept
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def share_heaps() -> None:
+    """Has this process's threads share as many heaps as there are cores, unless MALLOC_ARENA_MAX says otherwise.
+
+    By default glibc gives nearly every thread its own, and what one has freed no other may take. To be called first: threads
+    that run already keep theirs.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None and "MALLOC_ARENA_MAX" not in os.environ:  # other C libraries have none
+        mallopt(_M_ARENA_MAX, os.cpu_count() or 1)

@@ -1,0 +1,39 @@
+"""What loading asks of the process."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import ctypes, re, sys, tempfile, threading
+from lmm_jax.inference.loading import share_heaps
+share_heaps()
+libc, barrier = ctypes.CDLL(None), threading.Barrier(12)
+libc.malloc.restype = ctypes.c_void_p
+def allocate():
+    barrier.wait()
+    for _ in range(1000):
+        libc.malloc(ctypes.c_size_t(1000))
+    barrier.wait()
+threads = [threading.Thread(target=allocate) for _ in range(12)]
+[t.start() for t in threads], [t.join() for t in threads]
+with tempfile.NamedTemporaryFile() as file:
+    libc.fopen.restype = ctypes.c_void_p
+    out = ctypes.c_void_p(libc.fopen(file.name.encode(), b"w"))
+    libc.malloc_info(0, out), libc.fclose(out)
+    print(len(re.findall("<heap nr=", open(file.name).read())))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc")
+@pytest.mark.parametrize("wish", [None, "6"])
+def test_threads_share_heaps(wish):
+    environment = {k: v for k, v in os.environ.items() if k != "MALLOC_ARENA_MAX"} | (
+        {"MALLOC_ARENA_MAX": wish} if wish else {}
+    )
+    environment |= {"LD_PRELOAD": ""}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True)
+    heaps = int(done.stdout)
+    assert heaps == 6 if wish else heaps <= os.cpu_count()
