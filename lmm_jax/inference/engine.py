@@ -65,12 +65,14 @@ class _Group:
       rows: of them at once.
       length: positions of a row (S).
       room: new tokens of a row (M).
+      draws: whether any draws its tokens.
     """
 
     members: list[int]
     rows: int
     length: int
     room: int
+    draws: bool
 
 
 class Engine:
@@ -240,7 +242,8 @@ class Engine:
             rows = min(most, len(members))
             while rows > 1 and self.programs.size(rows) * length > self.positions:
                 rows //= 2
-            found.append(_Group(members, rows, length, length_bucket(max(limits[i] for i in members))))
+            room, draws = length_bucket(max(limits[i] for i in members)), any(requests[i].sampling.draws for i in members)
+            found.append(_Group(members, rows, length, room, draws))
         return found
 
     def _limit(self, request: Request, length: int) -> int:
@@ -248,7 +251,7 @@ class Engine:
         return min(request.sampling.max_new_tokens, self.config.decoder.max_position_embeddings - length)
 
     def _slots(self, group: _Group, stop: np.ndarray) -> Slots:
-        return Slots(self.programs, self.params, group.rows, group.length, group.room, stop)
+        return Slots(self.programs, self.params, group.rows, group.length, group.room, stop, group.draws)
 
     def _run(self, requests: Sequence[Request], group: _Group, stop: np.ndarray) -> Iterator[tuple[int, list[int]]]:
         """Generates the rows of a group; the decoder input of those that come next is made while the device generates.

@@ -6,6 +6,7 @@ Axis letters: B rows, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -46,32 +47,50 @@ class Sampling:
         if not 0.0 < self.top_p <= 1.0:
             raise UserError(f"top_p is {self.top_p}: it must be above 0 and at most 1")
 
+    @property
+    def draws(self) -> bool:
+        """Whether tokens are drawn; if not, the most probable one is taken."""
+        return self.temperature > 0
+
 
 @struct.dataclass
 class Sampler:
-    """Settings of a batch: temperature, top_p (B,) float32; top_k (B,) int32; seed (B,) uint32; ignore_eos (B,) bool."""
+    """Settings of a batch: temperature, top_p (B,) float32; top_k (B,) int32; seed (B,) uint32; ignore_eos (B,) bool.
 
-    temperature: jax.Array
-    top_p: jax.Array
-    top_k: jax.Array
-    seed: jax.Array
+    Where no row draws, all but the last are None, and programs have no code for them: it takes a second to compile.
+    """
+
+    temperature: jax.Array | None
+    top_p: jax.Array | None
+    top_k: jax.Array | None
+    seed: jax.Array | None
     ignore_eos: jax.Array
 
     @classmethod
-    def of(cls, rows: list[Sampling]) -> Sampler:
-        """One setting per row."""
+    def of(cls, rows: Sequence[Sampling], draws: bool = True) -> Sampler:
+        """One setting per row; `draws` tells whether any of them, or of those that will take their place, may draw.
+
+        Raises ValueError where one does and none may.
+        """
+        ignore_eos = np.array([r.ignore_eos for r in rows], bool)
+        if not draws:
+            if any(r.draws for r in rows):
+                raise ValueError("a row draws its tokens among rows that take the most probable ones")
+            return cls(None, None, None, None, ignore_eos)
         return cls(
             np.array([r.temperature for r in rows], np.float32),
             np.array([r.top_p for r in rows], np.float32),
             np.array([r.top_k for r in rows], np.int32),
             np.array([r.seed for r in rows], np.uint32),
-            np.array([r.ignore_eos for r in rows], bool),
+            ignore_eos,
         )
 
 
 def sample(logits: jax.Array, sampler: Sampler, step: jax.Array) -> jax.Array:
     """Next tokens (B,) int32 from logits (B,V) float32; `step` (B,) int32 counts each row's tokens so far."""
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if sampler.temperature is None:
+        return greedy
 
     def drawn() -> jax.Array:
         return jnp.where(sampler.temperature > 0, jax.vmap(_draw)(logits, sampler, step), greedy)

@@ -61,7 +61,7 @@ class Programs:
         self.model, self.mesh, self._multiple = model, mesh, batch_multiple(mesh)
         self.cache_dtype = jnp.dtype(cache_dtype)
         self._cache = functools.partial(kv_cache.empty, model.config.decoder, dtype=self.cache_dtype, apart=apart)
-        self.empty = jax.jit(self._empty, static_argnums=(0, 1, 2))
+        self.empty = jax.jit(self._empty, static_argnums=(0, 1, 2, 3))
         self.prefill = jax.jit(self._prefill)
         self.insert = jax.jit(self._insert, donate_argnums=0)
         self.decode = jax.jit(self._decode, donate_argnums=1)
@@ -75,10 +75,10 @@ class Programs:
     def _apply(self, params: Any, method: str, *args: Any, **kwargs: Any) -> Any:
         return self.model.apply({"params": params}, *args, method=method, **kwargs)
 
-    def _empty(self, rows: int, length: int, room: int) -> State:
+    def _empty(self, rows: int, length: int, room: int, draws: bool) -> State:
         cache = self._cache(rows, length)
         zeros = jnp.zeros(rows, jnp.int32)
-        sampler = jax.tree.map(jnp.asarray, Sampler.of([Sampling()] * rows))
+        sampler = jax.tree.map(jnp.asarray, Sampler.of([Sampling()] * rows, draws))
         return _spread(State(cache, zeros, jnp.zeros((rows, room), jnp.int32), zeros, zeros, zeros == 0, sampler))
 
     def _prefill(self, params: Any, x: jax.Array, rows: jax.Array, lengths: jax.Array) -> tuple[dict[str, Cache], jax.Array]:
@@ -174,7 +174,7 @@ class Programs:
 
     def _move(self, state: State, source: jax.Array, length: int, room: int) -> State:
         """Slots of another size: slot b takes what `source` (B′,) says, or nothing and is free where that is past the last."""
-        empty = self._empty(source.shape[0], length, room)
+        empty = self._empty(source.shape[0], length, room, state.sampler.temperature is not None)
 
         def rows(new: jax.Array, old: jax.Array, axis: int = 0) -> jax.Array:
             moved = jnp.take(old, source, axis, mode="fill", fill_value=0)
@@ -202,7 +202,9 @@ class Programs:
 class Slots:
     """The slots of one cache and who is in them."""
 
-    def __init__(self, programs: Programs, params: Any, rows: int, length: int, room: int, stop: np.ndarray) -> None:
+    def __init__(
+        self, programs: Programs, params: Any, rows: int, length: int, room: int, stop: np.ndarray, draws: bool = True
+    ) -> None:
         """All slots are free.
 
         Args:
@@ -212,12 +214,13 @@ class Slots:
           length: positions of each (S), at least those of any prompt's bucket, and of any prompt with its answer.
           room: new tokens (M), at least those of any answer.
           stop: token ids that end an answer.
+          draws: whether rows may draw their tokens; programs take longer to compile then.
         """
-        self._programs, self._params, self._stop = programs, params, stop
+        self._programs, self._params, self._stop, self._draws = programs, params, stop, draws
         self._held: dict[int, Hashable] = {}  # slot -> who is in it
         self._rows, self._size = rows, programs.size(rows)
         with jax.set_mesh(programs.mesh):
-            self._state = programs.empty(self._size, length, room)
+            self._state = programs.empty(self._size, length, room, draws)
 
     @property
     def busy(self) -> int:
@@ -253,7 +256,7 @@ class Slots:
         limits = np.array([s.max_new_tokens for s in settings], np.int32)
         with jax.set_mesh(programs.mesh):
             cache, logits = programs.prefill(self._params, x, index, lengths)
-            told = (where, lengths, limits, Sampler.of(list(settings)), self._stop)
+            told = (where, lengths, limits, Sampler.of(settings, self._draws), self._stop)
             self._state = programs.insert(self._state, cache, logits, *told)
 
     def advance(self, steps: int, enough: int | None = None) -> None:

@@ -14,7 +14,6 @@ V vision tokens per image, S prefix length, T decoder positions, I instruction t
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -31,6 +30,7 @@ from lmm_jax.models.compressor import Compressor
 from lmm_jax.models.kv_cache import Cache
 from lmm_jax.models.llama import KV, LayerStack, Step
 from lmm_jax.models.projector import Projector
+from lmm_jax.models.shapes import param_shapes
 from lmm_jax.sharding import constrain
 
 
@@ -234,15 +234,9 @@ def abstract_params(config: ModelConfig, mesh: Mesh, dtype: Any = None) -> Any:
       mesh: from `sharding.make_mesh`.
       dtype: of every leaf; None keeps float32.
     """
-    shapes = _shapes(config)
+    shapes = param_shapes(config)
     shardings = sharding.param_shardings(shapes, mesh)
     return jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, dtype or s.dtype, sharding=sh), shapes, shardings)
-
-
-@functools.lru_cache(maxsize=16)  # seconds for a large model
-def _shapes(config: ModelConfig) -> Any:
-    """Made without a key from outside: that would need a device at hand."""
-    return jax.eval_shape(lambda: _init(config, jax.random.key(0)))
 
 
 def init_params(config: ModelConfig, mesh: Mesh, seed: int = 0, dtype: Any = None) -> Any:
