@@ -4,8 +4,9 @@
 
 makes a checkpoint with every name and shape of the published one (random bf16 values, shards of 5 GB), converts it to a
 model folder, loads that, and converts it back, each in a process of its own, writes the figures to benchmarks/convert_8b.json,
-and removes what it made. Loading takes turns with plainly reading the same files, by eight threads; neither finds any of them
-in memory. Needs Linux: peak memory is VmHWM, which counts mapped files too.
+and removes what it made. Loading takes turns with plainly reading the same files by eight threads: over and over into the same
+few bytes, which is all that the disk can do, and into memory that holds them all; none finds any of them in memory. Needs
+Linux: peak memory is VmHWM, which counts mapped files too.
 """
 
 from __future__ import annotations
@@ -55,18 +56,20 @@ params = jax.block_until_ready(checkpoint.load_params(sys.argv[1], abstract))
 print(time.perf_counter() - start, sum(x.nbytes for x in jax.tree.leaves(params)))
 """
 _READ = """
-import concurrent.futures, pathlib, sys, time
+import concurrent.futures, mmap, pathlib, sys, time
 def read(file):
-    total, block = 0, bytearray(2**24)
+    size = file.stat().st_size
+    memory = mmap.mmap(-1, size if sys.argv[2] == "filling" else 2**24)  # what is the system's to give, page by page
+    done, blocks = 0, memoryview(memory)
     with open(file, "rb", buffering=0) as source:
-        while count := source.readinto(block):
-            total += count
-    return total
-files = sorted((p for p in pathlib.Path(sys.argv[1]).rglob("*") if p.is_file()), key=lambda p: -p.stat().st_size)
+        while count := source.readinto(blocks[done : done + 2**24] if sys.argv[2] == "filling" else blocks):
+            done += count
+    return done, memory
+files = sorted((p for p in pathlib.Path(sys.argv[1]).rglob("*") if p.stat().st_size), key=lambda p: -p.stat().st_size)
 start = time.perf_counter()
 with concurrent.futures.ThreadPoolExecutor(8) as pool:
-    total = sum(pool.map(read, files))
-print(time.perf_counter() - start, total)
+    found = list(pool.map(read, [p for p in files if p.is_file()]))
+print(time.perf_counter() - start, sum(size for size, _ in found))
 """
 
 
@@ -106,12 +109,13 @@ def measure(command: str, src: Path, dst: Path) -> dict[str, float]:
 
 
 def load(folder: Path, rounds: int) -> dict[str, float]:
-    """GB/s of loading a model folder, and of reading its files; medians."""
-    rates: dict[str, list[float]] = {"loading": [], "reading": []}
+    """GB/s of loading a model folder, and of reading its files into a few bytes, or filling memory with them; medians."""
+    programs = {"loading": _LOAD, "reading": _READ, "filling": _READ}
+    rates: dict[str, list[float]] = {way: [] for way in programs}
     for _ in range(rounds):
-        for way, program in (("loading", _LOAD), ("reading", _READ)):
+        for way, program in programs.items():
             forget(folder)
-            done = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True)
+            done = subprocess.run([sys.executable, "-c", program, str(folder), way], capture_output=True, text=True)
             if done.returncode:
                 sys.exit(done.stderr)
             seconds, size = map(float, done.stdout.split())
