@@ -136,10 +136,12 @@ def main() -> None:
     if not args.torch_python:
         parser.error("--torch-python is needed")
     known = json.loads(RESULT.read_text())["cases"] if RESULT.exists() else {}
+    if not args.rounds and (missing := set(args.only) - known.keys()):
+        parser.error(f"--rounds 0 adds memory to recorded times, and there are none of {', '.join(sorted(missing))}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder)
-        found = {name: known[name] for name in args.only}
+        found = {name: known.get(name, {}) for name in args.only}
         if args.rounds:
             ours, theirs = Ours(folder), Theirs(args.torch_python, "inference_speed_torch.py", folder)
             how = {"rounds": args.rounds, "machine": machine("jax", "jaxlib", "flax") | theirs.versions}

@@ -190,8 +190,8 @@ def _context(mapped: bool = False) -> ts.Context:
     """The index is kept in memory, array data is not.
 
     Args:
-      mapped: chunks are mapped into memory to be read, as safetensors does: copying them there first takes the system
-        longer than everything else together.
+      mapped: chunks are mapped into memory to be read, as safetensors does: to find buffers for them takes the system longer
+        than the rest. A file that another process cuts short meanwhile ends this one.
     """
     return ts.Context(
         {"cache_pool#ocdbt": {"total_bytes_limit": 10**8}, "file_io_mode": {"mode": "memmap" if mapped else "default"}}

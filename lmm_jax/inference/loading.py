@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,8 @@ def share_heaps() -> None:
     By default glibc gives nearly every thread its own, and what one has freed no other may take. To be called first: threads
     that run already keep theirs.
     """
+    if not sys.platform.startswith("linux") or "MALLOC_ARENA_MAX" in os.environ:
+        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None and "MALLOC_ARENA_MAX" not in os.environ:  # other C libraries have none
+    if mallopt is not None:  # other C libraries have none
         mallopt(_M_ARENA_MAX, os.cpu_count() or 1)

@@ -1,9 +1,11 @@
 """Settings of sampling, and what is drawn."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import lmm_jax
 from lmm_jax.errors import UserError
 from lmm_jax.inference.sampling import Sampler, Sampling, sample
 
@@ -41,3 +43,18 @@ def test_sampling_follows_the_distribution():
     np.testing.assert_allclose(frequencies(temperature=1.0, top_p=0.7), [2 / 3, 1 / 3, 0, 0], atol=0.03)
     np.testing.assert_array_equal(frequencies(temperature=1.0, top_p=0.3), [1, 0, 0, 0])
     np.testing.assert_array_equal(frequencies(temperature=0.0), [1, 0, 0, 0])
+
+
+def test_who_draws_needs_programs_that_draw():
+    with pytest.raises(ValueError, match="a row draws"):
+        Sampler.of([Sampling(), Sampling(temperature=0.5)], draws=False)
+
+
+@pytest.mark.parametrize("draws", [False, True])
+def test_programs_draw_only_where_a_row_may(tiny, draws):
+    engine = lmm_jax.load(tiny("tiny")).engine
+    programs, stop, one = engine.programs, np.array([2], np.int32), np.int32(1)
+    with jax.set_mesh(engine.mesh):
+        state = programs.empty(2, 64, 8, draws)
+        program = programs.decode.lower(engine.params, state, stop, one, one).as_text()
+    assert ("sort" in program) == draws
