@@ -57,4 +57,4 @@ def test_programs_draw_only_where_a_row_may(tiny, draws):
     with jax.set_mesh(engine.mesh):
         state = programs.empty(2, 64, 8, draws)
         program = programs.decode.lower(engine.params, state, stop, one, one).as_text()
-    assert ("sort" in program) == draws
+    assert ("stablehlo.sort" in program) == draws
