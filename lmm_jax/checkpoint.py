@@ -13,7 +13,6 @@ import glob
 import json
 import os
 import platform
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -267,8 +266,7 @@ def write_model(
     Args:
       folder: new or empty; or, with `overwrite`, a model folder, which is replaced when the new one is complete.
       config: the model's configuration.
-      leaves: disk name -> leaf, produced one after the other, those that lie in one stack together; at most half a gigabyte of
-        them (or one) is held at a time.
+      leaves: disk name -> leaf, produced one after the other; at most half a gigabyte of them (or one) is held at a time.
       files: tokenizer files to copy.
       progress: called with the bytes of each leaf that is written.
       overwrite: replace a model folder.
@@ -277,19 +275,12 @@ def write_model(
       UserError: `folder` is taken, or the disk is full, read-only or not permitted. Errors of `LazyLeaf.read` pass through.
     """
     size = sum(map(checkpoint_io.num_bytes, leaves.values()))
-    leaves = dict(sorted(leaves.items(), key=lambda item: _reading_order(item[0])))
     remote = storage.is_remote(folder)
     with _bucket_folder(folder, overwrite) if remote else whole_folder(folder, size, overwrite=overwrite) as growing:
         checkpoint_io.write_arrays(growing / PARAMS_FOLDER, leaves, progress)
         for file in files:
             (growing / file.name).write_bytes(file.read_bytes())
         (growing / CONFIG_FILE).write_text(json.dumps(to_json(config), indent=2) + "\n")
-
-
-def _reading_order(name: str) -> tuple[str, int]:
-    """Places a leaf where `load_params` reads it: among the same of the other layers."""
-    number = re.search(r"\.(\d+)\.", name)
-    return (name, 0) if number is None else (name.replace(number[0], ".*."), int(number[1]))
 
 
 @contextlib.contextmanager
