@@ -65,10 +65,10 @@ def read(file):
         while count := source.readinto(blocks[done : done + 2**24] if sys.argv[2] == "filling" else blocks):
             done += count
     return done, memory
-files = sorted((p for p in pathlib.Path(sys.argv[1]).rglob("*") if p.stat().st_size), key=lambda p: -p.stat().st_size)
+files = [p for p in pathlib.Path(sys.argv[1]).rglob("*") if p.is_file() and p.stat().st_size]
 start = time.perf_counter()
 with concurrent.futures.ThreadPoolExecutor(8) as pool:
-    found = list(pool.map(read, [p for p in files if p.is_file()]))
+    found = list(pool.map(read, sorted(files, key=lambda p: -p.stat().st_size)))
 print(time.perf_counter() - start, sum(size for size, _ in found))
 """
 

@@ -203,6 +203,7 @@ def load_params(
     loaded: dict[str, list[Any]] = {path: [] for path in leaves}
     for path, array in checkpoint_mesh.read_in_order(folder, sources):
         loaded[path].append(array if each is None else jax.block_until_ready(each(path, array)))
+        del array  # before the next one is read
     found = [tuple(of) if layers_apart and "/stack/" in path else of[0] for path, of in loaded.items()]
     return jax.tree.unflatten(jax.tree.structure(abstract), found)
 

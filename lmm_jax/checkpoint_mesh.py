@@ -37,10 +37,13 @@ def read_in_order(
         size = sum(math.prod(stop - start for start, stop in key) for key in slices) * leaf.dtype.itemsize
         while reading and size + sum(a.nbytes for *_, parts in reading for a, _ in parts.values()) > AHEAD_BYTES:
             yield _finish(folder, *reading.popleft())
-        parts = {key: checkpoint_io.start_reading(store, tuple(slice(*part) for part in key), leaf.dtype) for key in slices}
-        reading.append((path, leaf, parts))
+        reading.append((path, leaf, {key: _start(store, key, leaf.dtype) for key in slices}))  # no name may keep the memory
     while reading:
         yield _finish(folder, *reading.popleft())
+
+
+def _start(store: ts.TensorStore, bounds: tuple[tuple[int, int], ...], dtype: np.dtype) -> tuple[np.ndarray, ts.WriteFutures]:
+    return checkpoint_io.start_reading(store, tuple(slice(*part) for part in bounds), dtype)
 
 
 def _finish(folder: Path, path: str, leaf: jax.ShapeDtypeStruct, parts: _Parts) -> tuple[str, jax.Array]:

@@ -4,6 +4,7 @@ import itertools
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import jax
@@ -137,6 +138,21 @@ def test_layers_are_read_apart(written, monkeypatch, ahead):
     for layer, expected in zip(got, want["layers/stack/self_attn/q_proj/kernel"]):
         assert np.array_equal(layer["of"], expected)
     assert np.array_equal(loaded["norm"]["scale"]["of"], want["norm/scale"])
+
+
+def test_what_is_replaced_is_gone_before_the_next_is_read(written, monkeypatch):
+    monkeypatch.setattr(checkpoint_mesh, "AHEAD_BYTES", 0)
+    start, started = checkpoint_io.start_reading, []
+
+    def starting(*args):
+        assert not [1 for memory in started if memory() is not None]
+        array, done = start(*args)
+        started.append(weakref.ref(array))
+        return array, done
+
+    monkeypatch.setattr(checkpoint_io, "start_reading", starting)
+    load_params(written, make_abstract(), each=lambda path, leaf: np.float32(0))
+    assert len(started) == len(SHAPES)
 
 
 def test_stored_leaves(written):

@@ -57,7 +57,7 @@ class Sampling:
 class Sampler:
     """Settings of a batch: temperature, top_p (B,) float32; top_k (B,) int32; seed (B,) uint32; ignore_eos (B,) bool.
 
-    Where no row draws, all but the last are None, and programs have no code for them: it takes a second to compile.
+    Where no row draws, all but the last are None, and programs have no code for them, which takes long to compile.
     """
 
     temperature: jax.Array | None
