@@ -39,8 +39,9 @@ from twin import Theirs  # noqa: E402
 from lmm_jax import checkpoint, sharding  # noqa: E402
 from lmm_jax.analysis import flops  # noqa: E402
 from lmm_jax.config import IMAGE_TOKEN_ID, CompressorConfig, DecoderConfig, ModelConfig, VisionConfig  # noqa: E402
+from lmm_jax.inference.compiling import use_compilation_cache  # noqa: E402
 from lmm_jax.inference.engine import Engine, Request  # noqa: E402
-from lmm_jax.inference.loading import load_params, share_heaps, use_compilation_cache  # noqa: E402
+from lmm_jax.inference.loading import load_params, share_heaps  # noqa: E402
 from lmm_jax.inference.sampling import Sampling  # noqa: E402
 from lmm_jax.models.llava_mini import abstract_params, init_params  # noqa: E402
 

@@ -86,7 +86,7 @@ def _config(words: Sequence[str]) -> TrainConfig:
 def _train(words: Sequence[str]) -> int:
     config = _config(words)
     join_processes()
-    from lmm_jax.inference.loading import use_compilation_cache
+    from lmm_jax.inference.compiling import use_compilation_cache
     from train.loop import DivergedError, train
 
     use_compilation_cache()

@@ -85,7 +85,7 @@ def with_times(report: Report, config: ModelConfig, images: int, text: int) -> R
     import jax
 
     from lmm_jax.analysis import timing
-    from lmm_jax.inference.loading import use_compilation_cache
+    from lmm_jax.inference.compiling import use_compilation_cache
     from lmm_jax.sharding import make_mesh
 
     use_compilation_cache()

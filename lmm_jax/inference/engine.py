@@ -28,6 +28,7 @@ from lmm_jax.config import ModelConfig
 from lmm_jax.data.layout import Layout, Row, check_row, decoder_length, fused_length, lay_out
 from lmm_jax.errors import DeviceError, UserError
 from lmm_jax.inference.buckets import length_bucket
+from lmm_jax.inference.compiling import jit
 from lmm_jax.inference.images import ImageSide, Medium, count_images
 from lmm_jax.inference.sampling import Sampling
 from lmm_jax.inference.slots import Programs, Slots
@@ -104,7 +105,7 @@ class Engine:
         self._model = LlavaMini(config, dtype, attention)
         self._multiple = sharding.batch_multiple(mesh)
         self.images = ImageSide(self._model, mesh, prefix_cache_bytes)
-        self._place_text, self._place_vision, self._all_logits, self._loss = _jitted(self._model)
+        self._place_text, self._place_vision, self._all_logits, self._loss = _jitted(self._model, mesh)
         shared = _programs(self._model, mesh, jnp.dtype(kv_cache or dtype), apart.is_apart((params or {}).get("layers")))
         self.programs = copy.copy(shared)  # so that to replace one touches no other engine
 
@@ -310,7 +311,7 @@ def _programs(model: LlavaMini, mesh: Mesh, cache_dtype: jnp.dtype, is_apart: bo
 
 
 @functools.lru_cache(maxsize=8)
-def _jitted(model: LlavaMini) -> tuple[Callable[..., Any], ...]:
+def _jitted(model: LlavaMini, mesh: Mesh) -> tuple[Callable[..., Any], ...]:
     """Text into place; vision tokens into place; logits at every position; sum and number of the labels' cross-entropies."""
 
     def place_text(
@@ -328,7 +329,7 @@ def _jitted(model: LlavaMini) -> tuple[Callable[..., Any], ...]:
     def loss(params: Any, x: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
         return next_token_loss(all_logits(params, x), labels)
 
-    return tuple(map(jax.jit, (place_text, place_vision, all_logits, loss)))
+    return tuple(jit(f, mesh) for f in (place_text, place_vision, all_logits, loss))
 
 
 def _exhausted(error: jax.errors.JaxRuntimeError) -> bool:

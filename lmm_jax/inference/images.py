@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from lmm_jax.data.layout import Layout
 from lmm_jax.errors import UserError
 from lmm_jax.inference.buckets import power_below, power_of_two
+from lmm_jax.inference.compiling import jit
 from lmm_jax.inference.prefix_cache import PrefixCache
 from lmm_jax.models.llava_mini import ImagePrefix, LlavaMini
 from lmm_jax.sharding import batch_multiple, constrain, platform
@@ -65,13 +66,13 @@ class ImageSide:
         at_once = min(each, CACHE_BYTES // self._score_bytes) if processor else each
         self.at_once = self._multiple * power_below(at_once)
         self.prefixes = PrefixCache(cache_bytes)
-        self._encode, self._fuse = _jitted(model)
+        self._encode, self._fuse = _jitted(model, mesh)
         self._mesh = mesh
         self._helper = ThreadPoolExecutor(1, "encoder") if processor and mesh.size == 1 else None
-        self._put = jax.jit(_put_tokens, donate_argnums=0)
-        self._zeros = jax.jit(_zeros, static_argnums=(0, 1, 2))
-        self._split = jax.jit(_split_prefix)
-        self._join = jax.jit(_join_prefixes)
+        self._put = jit(_put_tokens, mesh, donate_argnums=0)
+        self._zeros = jit(_zeros, mesh, static_argnums=(0, 1, 2))
+        self._split = jit(_split_prefix, mesh)
+        self._join = jit(_join_prefixes, mesh)
 
     def take(
         self, params: Any, layout: Layout, media: Sequence[Sequence[Medium]], between: Callable[[], None] = lambda: None
@@ -172,7 +173,7 @@ class ImageSide:
 
 
 @functools.lru_cache(maxsize=8)  # engines of the same model share what is compiled
-def _jitted(model: LlavaMini) -> tuple[Callable[..., ImagePrefix], Callable[..., jax.Array]]:
+def _jitted(model: LlavaMini, mesh: Mesh) -> tuple[Callable[..., ImagePrefix], Callable[..., jax.Array]]:
     """`encode`: pixels (N,P,H,W,3) -> prefix of N images. `fuse`: ids (N,I) with N images, whose results are added to total
     (B,I,D) at rows (N,).
     """
@@ -185,7 +186,7 @@ def _jitted(model: LlavaMini) -> tuple[Callable[..., ImagePrefix], Callable[...,
         fused = model.apply({"params": params}, text, prefix, method="fuse_text")
         return constrain(total.at[rows].add(fused.astype(jnp.float32), mode="drop"), "batch", None, None)
 
-    return jax.jit(encode), jax.jit(fuse, donate_argnums=1)
+    return jit(encode, mesh), jit(fuse, mesh, donate_argnums=1)
 
 
 def _zeros(shape: tuple[int, int, int], dtype: Any, axis: str | None) -> jax.Array:

@@ -17,6 +17,7 @@ from lmm_jax import checkpoint, sharding, storage
 from lmm_jax.config import KV_CACHES, QUANTIZATIONS
 from lmm_jax.errors import UserError
 from lmm_jax.inference.assistant import Assistant
+from lmm_jax.inference.compiling import use_compilation_cache
 from lmm_jax.inference.engine import Engine
 from lmm_jax.models import apart, quantization
 from lmm_jax.models.attention import IMPLEMENTATIONS
@@ -79,15 +80,6 @@ def load_params(folder: Path, abstract: Any, mesh: Mesh, quantize: str | None = 
     if apart.is_wanted(abstract, mesh):
         return checkpoint.load_params(folder, abstract, layers_apart=True, each=apart.turn)
     return checkpoint.load_params(folder, abstract)
-
-
-def use_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache folder, unless JAX was told where (JAX_COMPILATION_CACHE_DIR)."""
-    if jax.config.jax_compilation_cache_dir is None:
-        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(base, "lmm-jax", "xla"))
-    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:  # by default small programs are not kept
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def share_heaps() -> None:

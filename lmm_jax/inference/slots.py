@@ -23,6 +23,7 @@ from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 
 from lmm_jax.inference.buckets import power_of_two
+from lmm_jax.inference.compiling import jit
 from lmm_jax.inference.sampling import Sampler, Sampling, sample
 from lmm_jax.models import kv_cache
 from lmm_jax.models.kv_cache import Cache
@@ -61,12 +62,12 @@ class Programs:
         self.model, self.mesh, self._multiple = model, mesh, batch_multiple(mesh)
         self.cache_dtype = jnp.dtype(cache_dtype)
         self._cache = functools.partial(kv_cache.empty, model.config.decoder, dtype=self.cache_dtype, apart=apart)
-        self.empty = jax.jit(self._empty, static_argnums=(0, 1, 2, 3))
-        self.prefill = jax.jit(self._prefill)
-        self.insert = jax.jit(self._insert, donate_argnums=0)
-        self.decode = jax.jit(self._decode, donate_argnums=1)
-        self.move = jax.jit(self._move, static_argnums=(2, 3))
-        self.end = jax.jit(self._end)
+        self.empty = jit(self._empty, mesh, static_argnums=(0, 1, 2, 3))
+        self.prefill = jit(self._prefill, mesh)
+        self.insert = jit(self._insert, mesh, donate_argnums=0)
+        self.decode = jit(self._decode, mesh, donate_argnums=1)
+        self.move = jit(self._move, mesh, static_argnums=(2, 3))
+        self.end = jit(self._end, mesh)
 
     def size(self, rows: int) -> int:
         """Rows rounded up to a power of two for each part of the mesh that takes some."""
