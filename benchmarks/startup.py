@@ -1,8 +1,9 @@
 """From nothing to the first answer: ``python benchmarks/startup.py``.
 
 Each turn is a new process that asks about one picture: once with an empty cache of compiled programs (cold), then again with
-what that left (warm). Files are in the system's cache in both. Times are of the whole process, as its shell sees it, and
-inside it of imports, of loading, and of the first answer. Prints a table, writes benchmarks/startup.json.
+what that left (warm). Files are in the system's cache in both. Times are of imports, of loading and of the first answer in a
+program that uses the library, of the three together, and of the whole command `lmm ask`, as its shell sees it, in turns of its
+own. Prints a table, writes benchmarks/startup.json.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from lmm_jax.demo import MODEL
 
 RESULT = Path(__file__).with_suffix(".json")
 PICTURE = Path(__file__).parents[1] / "examples" / "shapes.png"
-STEPS = ("imports", "loading", "first answer", "whole process")
+STEPS = ("imports", "loading", "first answer", "together", "lmm ask")
+QUESTION = "What colour is the circle?"
 
 PROGRAM = """
 import json, sys, time
@@ -34,7 +36,7 @@ import lmm_jax.inference.loading
 marks.append(time.perf_counter())
 model = lmm_jax.load(sys.argv[1])
 marks.append(time.perf_counter())
-answer = model.ask("What colour is the circle?", images=[sys.argv[2]], max_new_tokens=16)
+answer = model.ask(sys.argv[3], images=[sys.argv[2]], max_new_tokens=16)
 marks.append(time.perf_counter())
 print(json.dumps([later - earlier for earlier, later in zip(marks, marks[1:])]))
 """
@@ -46,12 +48,14 @@ def main() -> None:
     parser.add_argument("--model", default=str(MODEL), help="a model folder (the demo model)")
     parser.add_argument("--rounds", type=int, default=5, help="cold and warm starts (5)")
     args = parser.parse_args()
-    start(args.model, None)  # files into the system's cache
+    library(args.model, {})  # files into the system's cache
     seconds: dict[str, list[list[float]]] = {"cold": [], "warm": []}
     for _ in range(args.rounds):
-        with tempfile.TemporaryDirectory() as cache:
+        with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
             for kind in seconds:
-                seconds[kind].append(start(args.model, cache))
+                steps = library(args.model, {"JAX_COMPILATION_CACHE_DIR": one})
+                whole = command(args.model, {"JAX_COMPILATION_CACHE_DIR": other})
+                seconds[kind].append([*steps, sum(steps), whole])
     found = {
         kind: {step: round(statistics.median(times), 2) for step, times in zip(STEPS, zip(*runs))}
         for kind, runs in seconds.items()
@@ -64,17 +68,22 @@ def main() -> None:
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def start(model: str, cache: str | None) -> list[float]:
-    """Seconds of each of STEPS in a new process, whose compiled programs are kept in `cache`."""
-    environment = dict(os.environ) | ({"JAX_COMPILATION_CACHE_DIR": cache} if cache else {})
+def library(model: str, environment: dict[str, str]) -> list[float]:
+    """Seconds of the first three of STEPS in a new process."""
+    return json.loads(run(["-c", PROGRAM, model, str(PICTURE), QUESTION], environment))
+
+
+def command(model: str, environment: dict[str, str]) -> float:
+    """Seconds of the command."""
     begun = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, model, str(PICTURE)], env=environment, capture_output=True, text=True, check=False
-    )
-    whole = time.perf_counter() - begun
-    if done.returncode:
-        sys.exit(done.stderr)
-    return [*json.loads(done.stdout), whole]
+    run(["-m", "lmm_jax", "ask", "--model", model, "--image", str(PICTURE), QUESTION], environment)
+    return time.perf_counter() - begun
+
+
+def run(arguments: list[str], environment: dict[str, str]) -> str:
+    """What Python prints."""
+    done = subprocess.run([sys.executable, *arguments], env=os.environ | environment, capture_output=True, text=True)
+    return done.stdout if done.returncode == 0 else sys.exit(done.stderr)
 
 
 if __name__ == "__main__":

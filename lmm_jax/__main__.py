@@ -2,7 +2,7 @@
 
 import sys
 
-from lmm_jax.cli import main
+from lmm_jax.cli import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())
