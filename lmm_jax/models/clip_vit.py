@@ -96,7 +96,13 @@ class Layers(nn.Module):
     def setup(self) -> None:
         """Declares the scanned blocks."""
         layer = rematerialised(EncoderLayer, self.remat)
-        scanned = nn.scan(layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.config.num_layers - 1)
+        scanned = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=self.config.num_layers - 1,
+            check_constancy_invariants=False,  # that traces a layer twice
+        )
         self.stack = scanned(self.config, self.implementation)
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -136,6 +136,7 @@ class LayerStack(nn.Module):
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast),
                 length=self.length - 1,
+                check_constancy_invariants=False,  # that traces a layer twice
             )
             self.stack = scanned(self.config)
         self.last = layer(self.config)
