@@ -1,0 +1,52 @@
+"""How the programs of inference are compiled."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from lmm_jax.config import named_sizes
+from lmm_jax.inference import compiling
+from lmm_jax.models import clip_vit, llama
+from lmm_jax.models.llava_mini import LlavaMini, abstract_params
+from lmm_jax.sharding import make_mesh
+
+
+@pytest.fixture
+def options(monkeypatch):
+    """What `jax.jit` was told of each program."""
+    told = []
+    jit = jax.jit
+    monkeypatch.setattr(jax, "jit", lambda f, **how: told.append(how["compiler_options"]) or jit(f, **how))
+    return told
+
+
+def test_a_processor_optimises_less_unless_told_otherwise(options, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    assert compiling.jit(lambda x: x + 1, make_mesh())(jnp.int32(1)) == 2
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=2")
+    assert compiling.jit(lambda x: x + 1, make_mesh())(jnp.int32(1)) == 2
+    assert options == [{"xla_backend_optimization_level": 1}, None]
+
+
+def test_other_devices_are_left_alone(options, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    device = AbstractDevice("TPU v5e", num_cores=1, platform="tpu")
+    compiling.jit(lambda x: x + 1, AbstractMesh((1,), ("fsdp",), (AxisType.Auto,), abstract_device=device))
+    assert options == [None]
+
+
+@pytest.mark.parametrize("module,layer", [(llama, "DecoderLayer"), (clip_vit, "EncoderLayer")])
+def test_a_layer_of_a_scan_is_traced_once(module, layer, monkeypatch):
+    config, calls = named_sizes()["tiny"], []
+    call = getattr(module, layer).__call__
+    monkeypatch.setattr(getattr(module, layer), "__call__", lambda self, *args: calls.append(self.name) or call(self, *args))
+    mesh = make_mesh()
+    with jax.set_mesh(mesh):
+        params = abstract_params(config, mesh, "float32")
+        side = config.vision.image_size
+        pixels = jax.ShapeDtypeStruct((1, config.tiles, side, side, 3), jnp.uint8)
+        model = LlavaMini(config, jnp.dtype("float32"), "plain")
+        jax.eval_shape(lambda p, x: model.apply({"params": p}, x, method="encode_image"), params, pixels)
+    assert sorted(calls) == sorted(set(calls))
+    assert calls
