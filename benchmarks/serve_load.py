@@ -3,7 +3,8 @@
 The demo model answers questions about pictures of the demo world (short answers, and some forced to 256 tokens) and about
 clips. One client asks everything once, one question after the other; then 64 ask the same at random for two minutes, one of
 them a question about a video of ten minutes first, and every answer must be the one that was given alone. The video does not
-count for the one who asks alone. Before, both are done once, so that all is compiled. Prints a table, writes
+count for the one who asks alone. Before, both are done once, so that all is compiled. Clients share the processors with the
+server, so they do as little as they can: requests are bytes before the clock starts. Prints a table, writes
 benchmarks/serve_load.json.
 """
 
@@ -27,7 +28,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
+import aiohttp
 import numpy as np
 from machine import machine
 
@@ -37,6 +38,7 @@ from lmm_jax.demo.dataset import write_test_set
 RESULT = Path(__file__).with_suffix(".json")
 PICTURES, CLIPS, FORCED = 120, 12, 12  # questions of each kind in a turn
 SEED = 64
+JSON = {"Content-Type": "application/json"}
 
 
 def main() -> int:
@@ -54,7 +56,7 @@ def main() -> int:
     return int(found["wrong"] > 0)
 
 
-def draw(folder: Path) -> tuple[list[dict[str, Any]], bytes]:
+def draw(folder: Path) -> tuple[list[bytes], bytes]:
     """Requests of one turn, and a video of ten minutes."""
     write_test_set(folder, images=PICTURES // 4, clips=CLIPS, seed=SEED)
     records = [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
@@ -62,17 +64,22 @@ def draw(folder: Path) -> tuple[list[dict[str, Any]], bytes]:
     stills = chosen.sample([r for r in records if "image" in r], PICTURES + FORCED)
     clips = chosen.sample([r for r in records if "video" in r], CLIPS)
     questions = [request(folder, r) for r in stills[:PICTURES] + clips]
-    questions += [request(folder, r) | {"max_tokens": 256, "ignore_eos": True} for r in stills[PICTURES:]]
+    questions += [request(folder, r, max_tokens=256, ignore_eos=True) for r in stills[PICTURES:]]
     rng = np.random.default_rng(SEED)
     return questions, encode([frame for _ in range(75) for frame in frames(make_clip(rng))])
 
 
-def request(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+def request(folder: Path, record: dict[str, Any], **how: Any) -> bytes:
     """A question of the demo world's test set for the API."""
     kind, media = ("image_url", "image/png") if "image" in record else ("video_url", "video/mp4")
     content = base64.b64encode((folder / record[kind.removesuffix("_url")]).read_bytes()).decode()
     parts = [{"type": "text", "text": record["question"]}, {"type": kind, kind: {"url": f"data:{media};base64,{content}"}}]
-    return {"messages": [{"role": "user", "content": parts}], "max_tokens": 16}
+    return body(parts, **how)
+
+
+def body(parts: list[dict[str, Any]], **how: Any) -> bytes:
+    """A request of one turn."""
+    return json.dumps({"messages": [{"role": "user", "content": parts}], "max_tokens": 16} | how).encode()
 
 
 @contextmanager
@@ -93,38 +100,41 @@ def served() -> Iterator[str]:
             server.send_signal(signal.SIGTERM)
 
 
-async def measure(url: str, questions: list[dict[str, Any]], video: bytes, clients: int, seconds: float) -> dict[str, Any]:
+async def measure(url: str, questions: list[bytes], video: bytes, clients: int, seconds: float) -> dict[str, Any]:
     """Everything once to compile; one at a time; many at once; one at a time again."""
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
-        uploaded = await client.post("/v1/files", files={"file": ("long.mp4", video)})
-        part = {"type": "video_url", "video_url": {"file_id": uploaded.json()["id"]}}
-        long = {"messages": [{"role": "user", "content": [{"type": "text", "text": "What moves?"}, part]}], "max_tokens": 16}
+    everyone = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(url, connector=everyone, timeout=aiohttp.ClientTimeout(600)) as client:
+        form = aiohttp.FormData()
+        form.add_field("file", video, filename="long.mp4")
+        async with client.post("/v1/files", data=form, raise_for_status=True) as response:
+            part = {"type": "video_url", "video_url": {"file_id": (await response.json())["id"]}}
+        long = body([{"type": "text", "text": "What moves?"}, part])
+        endless = json.dumps(json.loads(questions[-1]) | {"max_tokens": 1024, "stream": True}).encode()
         right = [await ask(client, q) for q in questions]
         right_long = await ask(client, long)
         await crowd(client, questions, right, long, right_long, clients, seconds)
         for _ in range(2):  # in the slots of the crowd, then in its own
-            await leave(client, questions[-1])
+            await leave(client, endless)
         alone = [await one_by_one(client, questions, right)]
         found = await crowd(client, questions, right, long, right_long, clients, seconds)
         alone.append(await one_by_one(client, questions, right))
-        found["freed_seconds"] = [await leave(client, questions[-1]) for _ in range(10)]
-        health = await client.get("/health")
+        found["freed_seconds"] = [await leave(client, endless) for _ in range(10)]
+        async with client.get("/health") as response:
+            health = (await response.json())["status"]
     single = statistics.mean(len(questions) / sum(times) for times in alone)
     lone = [t for times in alone for t in times]
     found["one_by_one"] = {"per_second": round(single, 2), **percentiles(lone)}
     found["ratio"] = round(found["per_second"] / single, 2)
-    return found | {"clients": clients, "seconds": seconds, "health": health.json()["status"]}
+    return found | {"clients": clients, "seconds": seconds, "health": health}
 
 
-async def ask(client: httpx.AsyncClient, question: dict[str, Any]) -> str:
+async def ask(client: aiohttp.ClientSession, question: bytes) -> str:
     """The answer. What the server refuses ends the measurement."""
-    response = await client.post("/v1/chat/completions", json=question)
-    response.raise_for_status()
-    return response.json()["choices"][0]["message"]["content"]
+    async with client.post("/v1/chat/completions", data=question, headers=JSON, raise_for_status=True) as response:
+        return (await response.json())["choices"][0]["message"]["content"]
 
 
-async def one_by_one(client: httpx.AsyncClient, questions: list[dict[str, Any]], right: list[str]) -> list[float]:
+async def one_by_one(client: aiohttp.ClientSession, questions: list[bytes], right: list[str]) -> list[float]:
     """Seconds of each question."""
     times = []
     for question, answer in zip(questions, right):
@@ -136,10 +146,10 @@ async def one_by_one(client: httpx.AsyncClient, questions: list[dict[str, Any]],
 
 
 async def crowd(
-    client: httpx.AsyncClient,
-    questions: list[dict[str, Any]],
+    client: aiohttp.ClientSession,
+    questions: list[bytes],
     right: list[str],
-    long: dict[str, Any],
+    long: bytes,
     right_long: str,
     clients: int,
     seconds: float,
@@ -179,16 +189,17 @@ async def crowd(
     }
 
 
-async def leave(client: httpx.AsyncClient, question: dict[str, Any]) -> float:
+async def leave(client: aiohttp.ClientSession, question: bytes) -> float:
     """Seconds from when a client leaves in the middle of a stream until its slot is free."""
-    async with client.stream("POST", "/v1/chat/completions", json=question | {"max_tokens": 1024, "stream": True}) as stream:
-        lines = stream.aiter_lines()
-        while '"content":"' not in (await anext(lines)).replace('"content":""', ""):
+    async with client.post("/v1/chat/completions", data=question, headers=JSON, raise_for_status=True) as stream:
+        while b'"content":"' not in (await stream.content.readline()).replace(b'"content":""', b""):
             pass
+        stream.close()  # at its end aiohttp would read what is left
     start = time.perf_counter()
-    while "lmm_running 0.0" not in (await client.get("/metrics")).text:
-        pass
-    return round(time.perf_counter() - start, 3)
+    while True:
+        async with client.get("/metrics") as response:
+            if "lmm_running 0.0" in await response.text():
+                return round(time.perf_counter() - start, 3)
 
 
 def percentiles(times: list[float]) -> dict[str, float]:
