@@ -180,7 +180,7 @@ def test_a_slip_in_a_chat_from_a_file_ends_it(capsys, model, monkeypatch):
 
 
 def test_the_installed_command(model):
-    command = [sys.executable, "-m", "lmm_jax.cli", "ask", "--model", model, "--max-new-tokens", "3"]
+    command = [sys.executable, "-m", "lmm_jax", "ask", "--model", model, "--max-new-tokens", "8"]
     good = subprocess.run([*command, "Hi"], capture_output=True, text=True)
     assert good.returncode == 0 and good.stderr == "" and good.stdout.strip()
     bad = subprocess.run([*command, "--image", "no.png", "Hi"], capture_output=True, text=True)
