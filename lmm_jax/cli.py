@@ -245,7 +245,3 @@ def _read_line() -> str | None:
     with contextlib.suppress(EOFError):
         return input("> " if sys.stdin.isatty() else "")
     return None
-
-
-if __name__ == "__main__":
-    sys.exit(main())
