@@ -31,7 +31,7 @@ CHAT_HELP = """\
 def command() -> int:
     """`main` in a process of its own, where the garbage collector need not look through all of JAX again and again.
 
-    That takes 0.3 s of a first answer, and as long once more when the process ends.
+    `benchmarks/startup.py` measures it.
     """
     gc.set_threshold(20_000)  # new objects, not 700: tracing a model makes many, which stay
     status = main()

@@ -18,7 +18,7 @@ def jit(function: Callable[..., Any], mesh: Mesh, **how: Any) -> Any:
     """`jax.jit` for programs on a mesh; `how` as there.
 
     On a processor LLVM optimises at level 1, not 3, unless XLA_FLAGS names a level: that compiles sooner, and what is compiled
-    is as fast (`benchmarks/optimization_level.py`), since libraries do the products.
+    is about as fast (`benchmarks/optimization_level.py`), since libraries do the products.
     """
     light = platform(mesh) == "cpu" and _LEVEL not in os.environ.get("XLA_FLAGS", "")
     return jax.jit(function, compiler_options={_LEVEL: 1} if light else None, **how)
