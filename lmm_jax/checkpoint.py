@@ -163,6 +163,7 @@ def load_params(
     *,
     dtype: Any = None,
     layers_apart: bool = False,
+    whole: bool = False,
     each: Callable[[str, jax.Array], Any] | None = None,
 ) -> Any:
     """Reads the parameters of a model folder, each device's slice straight from the disk.
@@ -174,6 +175,7 @@ def load_params(
       abstract: the parameter tree as ShapeDtypeStructs with `.sharding`; arrays are cast to its dtypes.
       dtype: in place of the dtypes of `abstract`.
       layers_apart: a stack of layers (L, …) becomes a tuple of L arrays (…).
+      whole: a stack that lacks its last layer, which is by itself, has it as well: (L + 1, …).
       each: is given the path of each leaf ("layers/stack/mlp/up_proj/kernel") and its array, or each of its layers' where they
         are apart, as soon as it is there; what it returns, an array or a tree of them, takes its place.
 
@@ -187,6 +189,9 @@ def load_params(
     config = read_config(folder)
     stores = _open(folder)
     names, leaves = disk_names(abstract), leaf_paths(abstract)
+    for path in [path for path in leaves if whole and "/stack/" in path]:
+        names[path] += names.get(path.replace("/stack/", "/last/"), ())
+        leaves[path] = leaves[path].update(shape=(len(names[path]), *leaves[path].shape[1:]))
     wanted = {n: leaf.shape[1:] if "/stack/" in path else leaf.shape for path, leaf in leaves.items() for n in names[path]}
     faults = [f"{name} is missing" for name in wanted if name not in stores]
     faults += [f"{n} has shape {stores[n].shape}, not {s}" for n, s in wanted.items() if n in stores and stores[n].shape != s]

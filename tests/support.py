@@ -5,9 +5,13 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
+
+from lmm_jax.checkpoint import load_params
+from lmm_jax.models.llava_mini import abstract_params
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = ("image_c1", "hd_c2", "llava_v1_5")
@@ -27,6 +31,11 @@ TRAINING = [
     ("llava_v1_5", "training_stage1"),
 ]
 MESHES = ("data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2")
+
+
+def trained_params(assistant: Any) -> Any:
+    """Parameters in the form in which they are trained, and not that which inference on a processor wants."""
+    return load_params(assistant.folder, abstract_params(assistant.config, assistant.engine.mesh))
 
 
 @functools.cache

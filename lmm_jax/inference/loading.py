@@ -79,6 +79,8 @@ def load_params(folder: Path, abstract: Any, mesh: Mesh, quantize: str | None = 
         return checkpoint.load_params(folder, abstract, each=functools.partial(quantization.quantize_leaf, kind=quantize))
     if apart.is_wanted(abstract, mesh):
         return checkpoint.load_params(folder, abstract, layers_apart=True, each=apart.turn)
+    if apart.is_lone_processor(mesh):
+        return checkpoint.load_params(folder, abstract, whole=True)
     return checkpoint.load_params(folder, abstract)
 
 

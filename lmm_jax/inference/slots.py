@@ -123,7 +123,7 @@ class Programs:
 
     def _copy(self, name: str, slots: jax.Array, cache: jax.Array, new: jax.Array) -> jax.Array:
         """A leaf (…,R,K,T,…) into slots of (…,B,K,S,…), on the devices that hold each; nothing else is touched."""
-        axes = (kv_cache.STACK_AXES if name == "stack" else kv_cache.LAST_AXES)[: cache.ndim]
+        axes = (kv_cache.STACK_AXES if name == "stack" else kv_cache.LAYER_AXES)[: cache.ndim]
         rows = axes.index("batch")
         held = logical_spec(self.mesh, cache.shape, *axes)
         entering = logical_spec(self.mesh, new.shape, *(None if a == "batch" else a for a in axes))
@@ -183,7 +183,7 @@ class Programs:
             return jnp.zeros_like(new).at[common].set(moved[common])
 
         def cached(name: str) -> Cache:
-            axes = kv_cache.STACK_AXES if name == "stack" else kv_cache.LAST_AXES
+            axes = kv_cache.STACK_AXES if name == "stack" else kv_cache.LAYER_AXES
 
             def leaf(new: jax.Array, old: jax.Array) -> jax.Array:
                 return constrain(rows(new, old, axes.index("batch")), *axes[: new.ndim])

@@ -6,7 +6,8 @@ it multiplies few rows up to twice as fast with a kernel whose inputs lie side b
     a stack's leaf (L, …)     becomes a tuple of L leaves (…); the layers are then unrolled, not scanned
     a kernel (in…, out…)      becomes {"turned": (out, in)}, with one axis for all outputs and one for all inputs
 
-Small models stay as they are: their programs compile faster.
+Small models keep their stacks, for their programs compile faster. Theirs are made whole, L layers and not L−1: `last` is there
+as well, for those programs that run it for fewer positions; what runs all layers alike compiles one.
 """
 
 from __future__ import annotations
@@ -32,7 +33,12 @@ _TURNED = re.compile(r"(?:(?:layers|prefusion_layers)/(?:stack|last)/.*_proj|mm_
 def is_wanted(abstract: Any, mesh: Mesh) -> bool:
     """Whether inference with parameters of these shapes and dtypes should have them in this form."""
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
-    return mesh.size == 1 and platform(mesh) == "cpu" and size >= LARGE
+    return is_lone_processor(mesh) and size >= LARGE
+
+
+def is_lone_processor(mesh: Mesh) -> bool:
+    """Whether the mesh is one processor, whose parameters are not split."""
+    return mesh.size == 1 and platform(mesh) == "cpu"
 
 
 def set_all_apart(params: Any) -> Any:
@@ -73,11 +79,21 @@ def project(x: jax.Array, kernel: Mapping[str, jax.Array], inputs: int, outputs:
     return y.reshape(*batch, *outputs)
 
 
-def layer(stack: Any, number: int) -> Any:
-    """The parameters of one layer of a stack, whichever form it has."""
-    return jax.tree.map(lambda leaf: leaf[number], stack, is_leaf=lambda leaf: isinstance(leaf, tuple))
+def layer(stack: Any, number: int | jax.Array) -> Any:
+    """The parameters of one layer of a stack, whichever form it has; `number` () int32 only where the layers are stacked."""
+
+    def one(leaf: Any) -> jax.Array:
+        return leaf[number] if isinstance(leaf, tuple) else jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False)
+
+    return jax.tree.map(one, stack, is_leaf=lambda leaf: isinstance(leaf, tuple))
 
 
 def is_apart(params: Any) -> bool:
     """Whether the layers in a part of the parameter tree lie apart."""
     return any(isinstance(x, tuple) for x in jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, tuple)))
+
+
+def is_whole(params: Any, length: int) -> bool:
+    """Whether a stack's parameters (L or L−1, …) have all `length` layers."""
+    leaves = jax.tree.leaves(params)
+    return bool(leaves) and leaves[0].shape[0] == length

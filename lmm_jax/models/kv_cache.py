@@ -26,15 +26,15 @@ Half = jax.Array | Mapping[str, jax.Array]  # keys, or values
 Cache = tuple[Half, Half]
 
 STACK_AXES = ("layers", "batch", "kv_heads", None, None)  # of any leaf of stacked layers, as many as it has
-LAST_AXES = STACK_AXES[1:]
+LAYER_AXES = STACK_AXES[1:]
 BLOCK = 64  # positions that a decode step on a processor takes together
 _UNSEEN = jnp.finfo(jnp.float32).min  # score of a key that a row does not see
 
 
 def empty(config: DecoderConfig, rows: int, length: int, dtype: Any, *, apart: bool = False) -> dict[str, Cache]:
-    """A cache of zeros for so many rows of so many positions, `stack` of L−1 layers and `last`; dtype float or int8.
+    """A cache of zeros for so many rows of so many positions; dtype float or int8.
 
-    Where the layers lie `apart` (see there), it is one of each, "0", "1", …, and `last`.
+    It is {"stack": …} of all L layers or, where the layers lie `apart` (see there), one of each: {"0": …, "1": …, …}.
     """
     shape = (rows, config.num_kv_heads, length, config.head_dim)
 
@@ -47,12 +47,10 @@ def empty(config: DecoderConfig, rows: int, length: int, dtype: Any, *, apart: b
             return zeros(shape, jnp.uint16 if jnp.dtype(dtype) == jnp.bfloat16 and platform() == "cpu" else dtype)
         return {"values": zeros(shape, jnp.int8), "scale": zeros(shape[:-1], jnp.float32)}
 
-    last = half(shape, LAST_AXES), half(shape, LAST_AXES)
-    if apart or config.num_layers == 1:
-        each = {str(i): (half(shape, LAST_AXES), half(shape, LAST_AXES)) for i in range(config.num_layers - 1)}
-        return each | {"last": last}
-    stacked = (config.num_layers - 1, *shape)
-    return {"stack": (half(stacked, STACK_AXES), half(stacked, STACK_AXES)), "last": last}
+    if apart:
+        return {str(i): (half(shape, LAYER_AXES), half(shape, LAYER_AXES)) for i in range(config.num_layers)}
+    stacked = (config.num_layers, *shape)
+    return {"stack": (half(stacked, STACK_AXES), half(stacked, STACK_AXES))}
 
 
 def position_bytes(config: DecoderConfig, dtype: Any) -> int:

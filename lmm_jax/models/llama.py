@@ -5,7 +5,7 @@ N heads, K key/value heads, H channels of a head, L layers.
 
 A stack of n layers is `stack`, n−1 layers scanned with stacked parameters, and `last`, which stands alone because it often
 has less to do: whoever needs only some positions of the result runs the last layer for those queries alone.
-State per layer (key/value cache, image prefix) has the same form: {"stack": …(n−1 on axis 0), "last": …}.
+An image's prefix has the same form: {"stack": …(n−1 on axis 0), "last": …}; a cache has all layers on axis 0 (see `kv_cache`).
 """
 
 from __future__ import annotations
@@ -155,28 +155,54 @@ class LayerStack(nn.Module):
         Returns:
           x (B,T,D) or (B,Q,D); the new keys and values per layer if `step.keep`; the updated cache.
         """
-        prefix, cache = prefix or {}, dict(cache or {})
+        prefix, cache, last = prefix or {}, dict(cache or {}), self.length - 1
         kept: dict[str, Any] = {}
         params = self.variables.get("params", {}).get("stack")
-        if apart.is_apart(params):  # without a barrier XLA computes the table in every layer again, for each head
-            step = step.replace(rope=jax.lax.optimization_barrier(step.rope))
-        inner = step.replace(queries=None)
         if apart.is_apart(params):
-            x, kept["stack"] = self._run_apart(params, x, inner, prefix.get("stack"), cache)
-        elif self.length > 1:
-            inputs = (jnp.arange(self.length - 1), prefix.get("stack"))
-            (x, cache["stack"]), kept["stack"] = self.stack((x, cache.get("stack")), inputs, inner)
-        (x, cache["last"]), kept["last"] = self.last((x, cache.get("last")), (None, prefix.get("last")), step)
+            return self._run_apart(params, x, step, prefix, cache)
+        if apart.is_whole(params, self.length):
+            return self._run_whole(params, x, step, prefix, cache)
+        if last:
+            inputs = (jnp.arange(last), prefix.get("stack"))
+            (x, cache["stack"]), kept["stack"] = self.stack((x, cache.get("stack")), inputs, step.replace(queries=None))
+        (x, cache["stack"]), kept["last"] = self.last((x, cache.get("stack")), (last, prefix.get("last")), step)
         return x, kept, cache
 
     def _run_apart(
-        self, params: Any, x: jax.Array, step: Step, prefix: KV | None, cache: dict[str, Any]
-    ) -> tuple[jax.Array, KV | None]:
-        """All layers but the last, one after the other; updates `cache`, of the form of `kv_cache.empty(apart=True)`."""
-        kept = []
-        for i in range(self.length - 1):
-            one, inputs = apart.layer(params, i), (None, jax.tree.map(operator.itemgetter(i), prefix))
-            carry = (x, cache.get(str(i)))
-            (x, cache[str(i)]), new = DecoderLayer(self.config, parent=None).apply({"params": one}, carry, inputs, step)
+        self, params: Any, x: jax.Array, step: Step, prefix: dict[str, KV], cache: dict[str, Any]
+    ) -> tuple[jax.Array, dict[str, Any], dict[str, Any]]:
+        """As `__call__`, one layer after the other."""
+        # without a barrier XLA computes the table in every layer again, for each head
+        step, last = step.replace(rope=jax.lax.optimization_barrier(step.rope)), self.length - 1
+        inner, kept = step.replace(queries=None), []
+        for i in range(last):
+            one, inputs = apart.layer(params, i), (None, jax.tree.map(operator.itemgetter(i), prefix.get("stack")))
+            (x, cache[str(i)]), new = self._alone(one, (x, cache.get(str(i))), inputs, inner)
             kept.append(new)
-        return x, jax.tree.map(lambda *of: jnp.stack(of), *kept)
+        (x, cache[str(last)]), new = self.last((x, cache.get(str(last))), (None, prefix.get("last")), step)
+        return x, {"stack": jax.tree.map(lambda *of: jnp.stack(of), *kept), "last": new}, cache
+
+    def _run_whole(
+        self, params: Any, x: jax.Array, step: Step, prefix: dict[str, KV], cache: dict[str, Any]
+    ) -> tuple[jax.Array, dict[str, Any], dict[str, Any]]:
+        """As `__call__`; where the last layer has no less to do than the others, it is scanned with them."""
+
+        def one(carry: tuple, inputs: tuple) -> tuple[tuple, KV | None]:
+            return self._alone(apart.layer(params, inputs[0]), carry, inputs, step.replace(queries=None))
+
+        def run(count: int, prefix: KV | None) -> tuple[tuple, KV | None]:
+            return jax.lax.scan(one, (x, cache.get("stack")), (jnp.arange(count), prefix))
+
+        if step.queries is None and not step.keep:
+            both = [prefix[part] for part in ("stack", "last") if prefix]
+            together = jax.tree.map(lambda stack, last: jnp.concatenate([stack, last[None]]), *both) if both else None
+            (x, cache["stack"]), _ = run(self.length, together)
+            return x, {}, cache
+        last = self.length - 1
+        (x, cache["stack"]), kept = run(last, prefix.get("stack"))
+        (x, cache["stack"]), new = self.last((x, cache.get("stack")), (last, prefix.get("last")), step)
+        return x, {"stack": kept, "last": new}, cache
+
+    def _alone(self, params: Any, carry: tuple, inputs: tuple, step: Step) -> tuple[tuple, KV | None]:
+        """One layer with parameters of its own."""
+        return DecoderLayer(self.config, parent=None).apply({"params": params}, carry, inputs, step)

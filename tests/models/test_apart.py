@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import GOLDEN, relative_error
+from support import GOLDEN, relative_error, trained_params
 
 import lmm_jax
 from lmm_jax.analysis import attention
@@ -57,6 +57,31 @@ def test_who_takes_it():
     large, small = (abstract_params(named_sizes()[name], make_mesh()) for name in ("llava-mini-vicuna-7b", "tiny"))
     assert apart.is_wanted(large, make_mesh()) and not apart.is_wanted(small, make_mesh())
     assert not apart.is_wanted(large, make_mesh("fsdp=8"))
+
+
+@pytest.mark.parametrize("kept", [None, "int8"])
+def test_a_whole_stack_is_one_scan(tiny, kept):
+    """The same logits and answers as with the last layer by itself, and a decode step has one layer less to compile."""
+    whole, other = (lmm_jax.load(tiny("tiny"), kv_cache=kept) for _ in range(2))
+    other.engine.params = trained_params(other)
+    sizes = [len(m.engine.params["layers"]["stack"]["input_layernorm"]["scale"]) for m in (whole, other)]
+    assert sizes[0] == sizes[1] + 1 == whole.config.decoder.num_layers
+    ids = np.concatenate([[2, -200], np.arange(5, 30)]).astype(np.int32)
+    pixels = np.random.default_rng(3).integers(0, 256, (1, 56, 56, 3), np.uint8)
+    logits = [model.engine.logits([Row(ids, (1,))], [[pixels]])[0] for model in (whole, other)]
+    assert relative_error(logits[0], logits[1]) < 1e-5
+    questions = [Question("What is it?", PICTURES[:n]) for n in (0, 1, 2)]
+    assert whole.ask_batch(questions, max_new_tokens=6) == other.ask_batch(questions, max_new_tokens=6)
+    assert [decode_products(model.engine) for model in (whole, other)] == [9 + 1, 2 * 9 + 1]
+
+
+def decode_products(engine):
+    """Matrix products in the program of a decode step: those of scanned layers once, and the logits'."""
+    one = np.int32(1)
+    with jax.set_mesh(engine.mesh):
+        state = engine.programs.empty(1, 64, 16, False)
+        lowered = engine.programs.decode.lower(engine.params, state, np.array([-1], np.int32), one, one)
+    return lowered.as_text().count("dot_general")
 
 
 def test_weights_in_few_bits_stay_stacked(tiny, monkeypatch):

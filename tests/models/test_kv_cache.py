@@ -36,11 +36,11 @@ def plain(half):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8])
-@pytest.mark.parametrize("part", ["stack", "last"])
+@pytest.mark.parametrize("part", ["stack", "0"])
 def test_what_is_written(dtype, part):
     """Prompts at the start, one token at each row's place, none where a row has come to its end; the rest stays."""
-    cache = kv_cache.empty(CONFIG, ROWS, LENGTH, dtype)[part]
-    layer = jnp.int32(CONFIG.num_layers - 2) if part == "stack" else None
+    cache = kv_cache.empty(CONFIG, ROWS, LENGTH, dtype, apart=part != "stack")[part]
+    layer = jnp.int32(CONFIG.num_layers - 1) if part == "stack" else None
     prompts, token = new(0, PROMPT, dtype if dtype != jnp.int8 else jnp.float32), new(2, 1)
     at = np.array([7, 3, LENGTH])
     cache = kv_cache.write(kv_cache.write(cache, prompts, layer), token, layer, jnp.asarray(at))
@@ -53,17 +53,17 @@ def test_what_is_written(dtype, part):
         error = np.abs(plain(found) - expected)
         largest = np.abs(expected).max(-1, keepdims=True)
         assert (error <= largest * {jnp.float32: 0, jnp.bfloat16: 2**-8, jnp.int8: 0.501 / 127}[dtype]).all()
-    others = jax.tree.map(lambda x: x[: CONFIG.num_layers - 2], cache) if layer is not None else ()
+    others = jax.tree.map(lambda x: x[: CONFIG.num_layers - 1], cache) if layer is not None else ()
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(others))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8])
-@pytest.mark.parametrize("part", ["stack", "last"])
+@pytest.mark.parametrize("part", ["stack", "0"])
 @pytest.mark.parametrize("length", [LENGTH, 3 * kv_cache.BLOCK, kv_cache.BLOCK + 1])
 def test_a_decode_step_attends_to_what_is_kept(dtype, part, length):
     """At once, and block by block as far as each row goes: in the first, over the edge of one, to the end."""
-    layer = jnp.int32(CONFIG.num_layers - 2) if part == "stack" else None
-    cache = kv_cache.write(kv_cache.empty(CONFIG, ROWS, length, dtype)[part], new(0, length), layer)
+    layer = jnp.int32(CONFIG.num_layers - 1) if part == "stack" else None
+    cache = kv_cache.write(kv_cache.empty(CONFIG, ROWS, length, dtype, apart=part != "stack")[part], new(0, length), layer)
     q = jnp.asarray(values(5, ROWS, 1, CONFIG.num_heads, CONFIG.head_dim))
     mine = cache if layer is None else jax.tree.map(lambda c: c[layer], cache)
     k, v = (rearrange(jnp.asarray(plain(half)), "b k s h -> b s k h") for half in mine)
@@ -77,7 +77,7 @@ def test_blocks_that_a_row_has_not_reached_are_not_read():
     """What lies there may be anything: it costs nothing and changes nothing."""
     blocks = np.arange(ROWS) + 1
     length = (ROWS + 1) * kv_cache.BLOCK
-    cache = kv_cache.write(kv_cache.empty(CONFIG, ROWS, length, jnp.float32)["last"], new(0, length))
+    cache = kv_cache.write(kv_cache.empty(CONFIG, ROWS, length, jnp.float32, apart=True)["0"], new(0, length))
     is_beyond = np.arange(length) >= blocks[:, None] * kv_cache.BLOCK
     spoilt = jax.tree.map(lambda c: jnp.where(is_beyond[:, None, :, None], jnp.nan, c), cache)
     q = jnp.asarray(values(5, ROWS, 1, CONFIG.num_heads, CONFIG.head_dim))
@@ -88,8 +88,9 @@ def test_blocks_that_a_row_has_not_reached_are_not_read():
 
 def test_bytes_of_a_position():
     for dtype in (jnp.float32, jnp.bfloat16, jnp.int8):
-        leaves = jax.tree.leaves(kv_cache.empty(CONFIG, ROWS, LENGTH, dtype))
-        assert sum(leaf.nbytes for leaf in leaves) == ROWS * LENGTH * kv_cache.position_bytes(CONFIG, dtype)
+        for is_apart in (False, True):
+            leaves = jax.tree.leaves(kv_cache.empty(CONFIG, ROWS, LENGTH, dtype, apart=is_apart))
+            assert sum(leaf.nbytes for leaf in leaves) == ROWS * LENGTH * kv_cache.position_bytes(CONFIG, dtype)
 
 
 @pytest.mark.parametrize("mesh", [None, "data=2,fsdp=2,tensor=2"])

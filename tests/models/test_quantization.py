@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import trained_params
 
 import lmm_jax
 from lmm_jax.config import QUANTIZATIONS
@@ -63,14 +64,14 @@ def test_a_model_of_few_bits(tiny, kind, mesh):
     assert {str(leaves[f"{path}/values"].dtype) for path in kept} == ({"int8", "int4"} if kind == "int4" else {"int8"})
     if mesh:
         assert not leaves["layers/stack/mlp/up_proj/kernel/values"].sharding.is_fully_replicated
-    before, shapes = logits(whole), leaf_paths(whole.engine.params)
+    before, params = logits(whole), trained_params(whole)
     rounded = {}
-    for path, leaf in shapes.items():
+    for path, leaf in leaf_paths(params).items():
         if path in kept:
             leaf = rounded_kernel(leaves[f"{path}/values"], leaves[f"{path}/scale"], leaf.shape, "/stack/" in path)
         rounded[path] = leaf
     same = lmm_jax.load(tiny("tiny"))
-    same.engine.params = jax.tree.unflatten(jax.tree.structure(whole.engine.params), list(rounded.values()))
+    same.engine.params = jax.tree.unflatten(jax.tree.structure(params), list(rounded.values()))
     expected, found = logits(same), logits(small)
     np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
     assert np.linalg.norm(found - before) > 1e-3 * np.linalg.norm(before)

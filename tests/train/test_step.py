@@ -9,7 +9,7 @@ import pytest
 from batches import STAGE_1, STAGE_2, batch_of, golden_batch, split, stepping
 from flax import traverse_util
 from published import to_hf_names
-from support import TRAINING, golden, gradient_norms, relative_error
+from support import TRAINING, golden, gradient_norms, relative_error, trained_params
 
 from lmm_jax import sharding
 from lmm_jax.config import IGNORE_LABEL, REMAT
@@ -46,7 +46,7 @@ def test_golden_loss_and_gradients(assistant, case, scenario):
     loaded, expected = assistant(case), golden(case, scenario)
     config = loaded.config
     batch = golden_batch(expected, config)
-    trained, frozen, _ = split(loaded.engine.params, groups_of(scenario))
+    trained, frozen, _ = split(trained_params(loaded), groups_of(scenario))
     loss, count, grads = program(config, 3, 1, "none")(trained, frozen, batch)
     assert relative_error(loss, expected["loss"][0]) <= TOLERANCE
     assert count == (batch["targets"] != IGNORE_LABEL).sum()
@@ -67,7 +67,7 @@ def test_one_step_of_adamw(assistant, case, scenario):
     """As optax takes it on the published gradients in the published layout: clipped, two rates, no state for the rest."""
     loaded, expected = assistant(case), golden(case, scenario)
     config, groups = loaded.config, groups_of(scenario)
-    step, state = stepping(config, loaded.engine.params, groups)
+    step, state = stepping(config, trained_params(loaded), groups)
     new, metrics = step(state, golden_batch(expected, config))
 
     before, published = hf_names(config, state.trained), published_gradients(expected)
@@ -124,7 +124,7 @@ def example(assistant):
     """Sizes, parameters and eight rows of two pictures."""
     loaded = assistant("image_c1")
     pixels = np.random.default_rng(1).integers(0, 256, (16, 1, 56, 56, 3), dtype=np.uint8)
-    return loaded.config, loaded.engine.params, batch_of(list(rows(0, 8, (1, 1))), loaded.config, pixels)
+    return loaded.config, trained_params(loaded), batch_of(list(rows(0, 8, (1, 1))), loaded.config, pixels)
 
 
 def run(config, params, batch, *, chunk=256, parts=1, remat="none"):
