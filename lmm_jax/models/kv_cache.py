@@ -96,7 +96,7 @@ def attend(q: jax.Array, cache: Cache, position: jax.Array, layer: jax.Array | N
     keys = cache[0]["values"] if isinstance(cache[0], Mapping) else cache[0]
     heads, length = keys.shape[-3:-1]
     grouped = rearrange(q[:, 0], "b (k g) h -> b k g h", k=heads)
-    in_blocks = platform() == "cpu" and length > BLOCK and length % BLOCK == 0
+    in_blocks = platform() == "cpu" and length > BLOCK
     out = (_in_blocks if in_blocks else _at_once)(grouped, cache, position, layer)
     return rearrange(out, "b k g h -> b 1 (k g) h").astype(q.dtype)
 
@@ -104,7 +104,7 @@ def attend(q: jax.Array, cache: Cache, position: jax.Array, layer: jax.Array | N
 def _at_once(q: jax.Array, cache: Cache, position: jax.Array, layer: jax.Array | None) -> jax.Array:
     """q (B,K,G,H) against all positions; row b's weights are 0 past position[b]."""
     keys, values = cache if layer is None else jax.tree.map(lambda c: c[layer], cache)
-    scores = _scores(q, keys, position, 0)
+    scores = _scores(q, keys, position, 0, 0)
     return _mix(jax.nn.softmax(scores, axis=-1), values, q.dtype)
 
 
@@ -113,13 +113,13 @@ def _in_blocks(q: jax.Array, cache: Cache, position: jax.Array, layer: jax.Array
 
     A processor copies all that it takes of a cache: so it is little at a time, and nothing that no row sees.
     """
-    rows = len(q)
+    rows, length = len(q), jax.tree.leaves(cache)[0].shape[2 if layer is None else 3]
     few = rows if jax.sharding.get_abstract_mesh().size > 1 else 1  # rows that lie on several devices go together
 
     def part(c: jax.Array, first: jax.Array, block: jax.Array) -> jax.Array:
         c = c if layer is None else c[layer]
         c = jax.lax.dynamic_slice_in_dim(c, first, few)
-        return jax.lax.dynamic_slice_in_dim(c, block * BLOCK, BLOCK, axis=2)
+        return jax.lax.dynamic_slice_in_dim(c, block * BLOCK, BLOCK, axis=2)  # the last one: that ends where the cache does
 
     def attend_few(first: jax.Array) -> jax.Array:
         mine, seen = (jax.lax.dynamic_slice_in_dim(x, first, few) for x in (q, position))
@@ -127,7 +127,8 @@ def _in_blocks(q: jax.Array, cache: Cache, position: jax.Array, layer: jax.Array
         def one(block: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             largest, total, out = carry
             keys, values = jax.tree.map(lambda c: part(c, first, block), cache)
-            scores = _scores(mine, keys, seen, block * BLOCK)
+            begin = block * BLOCK
+            scores = _scores(mine, keys, seen, jnp.minimum(begin, length - BLOCK), begin)
             top = jnp.maximum(largest, scores.max(axis=-1, keepdims=True))
             before, weights = jnp.exp(largest - top), jnp.exp(scores - top)
             total = total * before + weights.sum(axis=-1, keepdims=True)
@@ -140,12 +141,13 @@ def _in_blocks(q: jax.Array, cache: Cache, position: jax.Array, layer: jax.Array
     return rearrange(jax.lax.map(attend_few, jnp.arange(0, rows, few)), "n few k g h -> (n few) k g h")
 
 
-def _scores(q: jax.Array, keys: Half, position: jax.Array, first: jax.Array | int) -> jax.Array:
-    """q (B,K,G,H) against the keys of the positions from `first` on -> (B,K,G,S) float32."""
+def _scores(q: jax.Array, keys: Half, position: jax.Array, first: jax.Array | int, begin: jax.Array | int) -> jax.Array:
+    """q (B,K,G,H) against the keys of the positions from `first` on, seen from `begin` to `position` -> (B,K,G,S) float32."""
     k, scale = _parts(keys)
     scores = jnp.einsum("bkgh,bksh->bkgs", q, k.astype(q.dtype), preferred_element_type=jnp.float32)
     scores = scores * q.shape[-1] ** -0.5 if scale is None else scores * (q.shape[-1] ** -0.5 * scale[:, :, None])
-    seen = first + jnp.arange(k.shape[2]) <= position[:, None, None, None]
+    at = first + jnp.arange(k.shape[2])
+    seen = (begin <= at) & (at <= position[:, None, None, None])
     return jnp.where(seen, scores, _UNSEEN)
 
 
