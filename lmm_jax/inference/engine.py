@@ -15,6 +15,7 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -105,6 +106,7 @@ class Engine:
         self._model = LlavaMini(config, dtype, attention)
         self._multiple = sharding.batch_multiple(mesh)
         self.images = ImageSide(self._model, mesh, prefix_cache_bytes)
+        self._helper = ThreadPoolExecutor(1, "embedding") if apart.is_lone_processor(mesh) else None
         self._place_text, self._place_vision, self._all_logits, self._loss = _jitted(self._model, mesh)
         shared = _programs(self._model, mesh, jnp.dtype(kv_cache or dtype), apart.is_apart((params or {}).get("layers")))
         self.programs = copy.copy(shared)  # so that to replace one touches no other engine
@@ -202,6 +204,13 @@ class Engine:
             images = np.bincount(layout.image_rows, minlength=batch).astype(np.float32)
             x = self._place_text(self.params, layout.ids, total, images, layout.fused_index)
             return (x if tokens is None else self._place_vision(x, tokens, layout.vision_index)), layout
+
+    def embed_aside(self, rows: Sequence[Row], media: Sequence[Sequence[Medium]]) -> tuple[jax.Array, Layout]:
+        """As `embed`, of little, while the device goes on with what this thread has asked for.
+
+        A processor does in order what one thread asks for, so another one asks, which nothing can interrupt.
+        """
+        return self._helper.submit(self.embed, rows, media).result() if self._helper else self.embed(rows, media)
 
     def measure(self, request: Request) -> tuple[int, int]:
         """Positions that a request's prompt takes, and new tokens at most; raises UserError where there is no room for one."""

@@ -23,6 +23,7 @@ from lmm_jax.errors import UserError
 from lmm_jax.inference.buckets import power_below, power_of_two
 from lmm_jax.inference.compiling import jit
 from lmm_jax.inference.prefix_cache import PrefixCache
+from lmm_jax.models import apart
 from lmm_jax.models.llava_mini import ImagePrefix, LlavaMini
 from lmm_jax.sharding import batch_multiple, constrain, platform
 
@@ -68,7 +69,7 @@ class ImageSide:
         self.prefixes = PrefixCache(cache_bytes)
         self._encode, self._fuse = _jitted(model, mesh)
         self._mesh = mesh
-        self._helper = ThreadPoolExecutor(1, "encoder") if processor and mesh.size == 1 else None
+        self._helper = ThreadPoolExecutor(1, "encoder") if apart.is_lone_processor(mesh) else None
         self._put = jit(_put_tokens, mesh, donate_argnums=0)
         self._zeros = jit(_zeros, mesh, static_argnums=(0, 1, 2))
         self._split = jit(_split_prefix, mesh)

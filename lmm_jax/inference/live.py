@@ -239,9 +239,10 @@ class Live:
 
     def _embed(self, batch: list[Ticket]) -> tuple[jax.Array, Layout]:
         requests = [t.request for t in batch]
-        is_long = batch[0].images > self._engine.images.chunk
-        between = self._between(batch[0]) if is_long else lambda: None
-        return self._engine.embed([r.row() for r in requests], [r.media for r in requests], between)
+        rows, media = [r.row() for r in requests], [r.media for r in requests]
+        if batch[0].images > self._engine.images.chunk:  # others are embedded in between
+            return self._engine.embed(rows, media, self._between(batch[0]))
+        return self._engine.embed_aside(rows, media)
 
     def _between(self, ticket: Ticket) -> Callable[[], None]:
         """What happens between two chunks of a long video."""
