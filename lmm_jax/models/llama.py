@@ -194,9 +194,9 @@ class LayerStack(nn.Module):
             return jax.lax.scan(one, (x, cache.get("stack")), (jnp.arange(count), prefix))
 
         if step.queries is None and not step.keep:
-            both = [prefix[part] for part in ("stack", "last") if prefix]
-            together = jax.tree.map(lambda stack, last: jnp.concatenate([stack, last[None]]), *both) if both else None
-            (x, cache["stack"]), _ = run(self.length, together)
+            if prefix:
+                prefix = jax.tree.map(lambda s, one: jnp.concatenate([s, one[None]]), prefix["stack"], prefix["last"])
+            (x, cache["stack"]), _ = run(self.length, prefix or None)
             return x, {}, cache
         last = self.length - 1
         (x, cache["stack"]), kept = run(last, prefix.get("stack"))
