@@ -54,9 +54,7 @@ def main() -> None:
 def of_model(config: ModelConfig, rounds: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Name and figures of each program of a model."""
     mesh = sharding.make_mesh()
-    params = init_params(config, mesh)
-    if apart.is_wanted(params, mesh):
-        params = apart.set_all_apart(params)
+    params = apart.as_loaded(init_params(config, mesh), mesh)
     with jax.set_mesh(mesh):
         for name, lowered, arguments in programs(Engine(config, params, mesh, dtype=np.float32), config):
             yield name, compare(lowered, arguments, rounds)

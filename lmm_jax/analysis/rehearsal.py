@@ -93,10 +93,10 @@ def rehearse(
     if quantize:
         paths = iter(leaf_paths(params))
         params = jax.tree.map(lambda leaf: _quantized(next(paths), leaf, quantize), params)
-    elif apart.is_wanted(params, mesh):
-        whole = NamedSharding(mesh, PartitionSpec())
-        shapes = jax.eval_shape(apart.set_all_apart, params)
-        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
+    elif apart.is_lone_processor(mesh):
+        unsplit = NamedSharding(mesh, PartitionSpec())
+        shapes = jax.eval_shape(lambda p: apart.as_loaded(p, mesh), params)
+        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=unsplit), shapes)
     held.bytes = parameters = sum(map(device_bytes, jax.tree.leaves(params)))
     engine = Engine(config, params, mesh, dtype=dtype, kv_cache=kv_cache, attention=attention, prefix_cache_bytes=0)
     programs: list[Program] = []

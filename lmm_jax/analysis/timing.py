@@ -63,9 +63,7 @@ def measure(
     longest = length_bucket(images * config.tokens_per_image + text) + 2 * NEW_TOKENS
     decoder = dataclasses.replace(config.decoder, max_position_embeddings=max(4096, 2 * longest))
     config = dataclasses.replace(config, decoder=decoder)
-    params = init_params(config, mesh, dtype=dtype)
-    if apart.is_wanted(params, mesh):
-        params = apart.set_all_apart(params)
+    params = apart.as_loaded(init_params(config, mesh, dtype=dtype), mesh)
     engine = Engine(config, params, mesh, dtype=dtype, attention=attention, prefix_cache_bytes=2**40)
     at_once = min(images, engine.images.at_once)
     with jax.set_mesh(mesh):

@@ -41,14 +41,19 @@ def is_lone_processor(mesh: Mesh) -> bool:
     return mesh.size == 1 and platform(mesh) == "cpu"
 
 
-def set_all_apart(params: Any) -> Any:
-    """The whole parameter tree in this form."""
+def as_loaded(params: Any, mesh: Mesh) -> Any:
+    """The whole parameter tree, as it is trained, in the form in which `inference.loading` has it on a mesh."""
+    if not is_lone_processor(mesh):
+        return params
+    arrays, large = leaf_paths(params), is_wanted(params, mesh)
 
-    def set_apart(path: str, leaf: jax.Array) -> Any:
-        return tuple(turn(path, leaf[i]) for i in range(len(leaf))) if "/stack/" in path else turn(path, leaf)
+    def form(path: str, leaf: jax.Array) -> Any:
+        last = arrays.get(path.replace("/stack/", "/last/")) if "/stack/" in path else None
+        if large:
+            return tuple(turn(path, leaf[i]) for i in range(len(leaf))) if "/stack/" in path else turn(path, leaf)
+        return leaf if last is None else jnp.concatenate([leaf, last[None]])
 
-    leaves = [set_apart(path, leaf) for path, leaf in leaf_paths(params).items()]
-    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+    return jax.tree.unflatten(jax.tree.structure(params), [form(path, leaf) for path, leaf in arrays.items()])
 
 
 def turn(path: str, leaf: jax.Array) -> Any:

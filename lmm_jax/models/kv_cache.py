@@ -119,7 +119,7 @@ def _in_blocks(q: jax.Array, cache: Cache, position: jax.Array, layer: jax.Array
     def part(c: jax.Array, first: jax.Array, block: jax.Array) -> jax.Array:
         c = c if layer is None else c[layer]
         c = jax.lax.dynamic_slice_in_dim(c, first, few)
-        return jax.lax.dynamic_slice_in_dim(c, block * BLOCK, BLOCK, axis=2)  # the last one: that ends where the cache does
+        return jax.lax.dynamic_slice_in_dim(c, block * BLOCK, BLOCK, axis=2)  # the last one ends where the cache does
 
     def attend_few(first: jax.Array) -> jax.Array:
         mine, seen = (jax.lax.dynamic_slice_in_dim(x, first, few) for x in (q, position))

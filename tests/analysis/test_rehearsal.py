@@ -59,7 +59,10 @@ def test_it_compiles_what_the_engine_compiles():
 def test_a_mesh_divides_the_bytes():
     one, eight = (rehearse(CONFIG, requests(1), make_mesh(spec), dtype="float32") for spec in (None, "fsdp=4,tensor=2"))
     assert [p.name for p in one.programs] == [p.name for p in eight.programs]
-    assert one.parameters / 8 <= eight.parameters < one.parameters / 7  # small ones are replicated
+    params = init_params(CONFIG, make_mesh())
+    size, loaded = (sum(x.nbytes for x in jax.tree.leaves(p)) for p in (params, apart.as_loaded(params, make_mesh())))
+    assert one.parameters == loaded > size
+    assert size / 8 <= eight.parameters < size / 7  # small ones are replicated
 
 
 def test_parameters_in_four_bits():

@@ -75,6 +75,16 @@ def test_a_whole_stack_is_one_scan(tiny, kept):
     assert [decode_products(model.engine) for model in (whole, other)] == [9 + 1, 2 * 9 + 1]
 
 
+@pytest.mark.parametrize("large", [0, apart.LARGE])
+def test_what_is_loaded_is_what_is_measured(tiny, large, monkeypatch):
+    """`lmm report` times parameters that it draws in the form in which others are loaded."""
+    monkeypatch.setattr(apart, "LARGE", large)
+    loaded = lmm_jax.load(tiny("tiny"))
+    made = apart.as_loaded(trained_params(loaded), loaded.engine.mesh)
+    jax.tree.map(np.testing.assert_array_equal, made, loaded.engine.params)
+    assert apart.as_loaded(made, make_mesh("fsdp=8")) is made
+
+
 def decode_products(engine):
     """Matrix products in the program of a decode step: those of scanned layers once, and the logits'."""
     one = np.int32(1)
