@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--size", default="llava-mini-llama-3.1-8b", help="named sizes of a model (LLaMA-3.1-8B's)")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"), help="of arithmetic (bfloat16)")
     parser.add_argument("--quantize", choices=("int8", "int4"), help="weights in so many bits")
-    parser.add_argument("--kv-cache", choices=("int8",), help="keys and values in 8 bits")
+    parser.add_argument("--kv-cache", choices=("bfloat16", "int8"), help="what keys and values are kept in (as computed)")
     parser.add_argument("--bandwidth", type=float, metavar="GB/s", help="of the device's memory, its maker's (H200: 4800)")
     parser.add_argument("--rows", type=int, default=32, help="that are decoded together (32)")
     parser.add_argument("--rounds", type=int, default=20, help="of each (20)")

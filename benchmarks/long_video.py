@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=10000, help="that are looked at (10000)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of arithmetic (float32)")
     parser.add_argument("--quantize", choices=("int8", "int4"), help="weights in so many bits")
-    parser.add_argument("--kv-cache", choices=("int8",), help="keys and values in 8 bits")
+    parser.add_argument("--kv-cache", choices=("bfloat16", "int8"), help="what keys and values are kept in (as computed)")
     parser.add_argument("--memory", type=float, metavar="GB", help="take no more of the GPU's memory")
     parser.add_argument("--compile", metavar="WHERE", help="compile only, for a topology as v5e:2x2, or here")
     args = parser.parse_args()

@@ -32,6 +32,7 @@ FORMATS: dict[str, dict[str, str]] = {
     "bfloat16": {"dtype": "bfloat16"},
     "int8, float32 arithmetic": {"dtype": "float32", "quantize": "int8"},
     "int4, float32 arithmetic": {"dtype": "float32", "quantize": "int4"},
+    "float32, keys and values bfloat16": {"dtype": "float32", "kv_cache": "bfloat16"},
     "float32, keys and values int8": {"dtype": "float32", "kv_cache": "int8"},
 }
 BATCH = 32

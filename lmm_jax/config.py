@@ -20,7 +20,7 @@ TEMPLATES = ("llava_llama_3_1", "llava_llama_3_1_two_bos", "v1", "llava_v1", "pl
 ASPECT_RATIOS = ("square", "pad")
 REMAT = ("none", "full", "attention", "narrow", "dots")  # what a backward pass finds, see `layers.rematerialised`
 QUANTIZATIONS = ("int8", "int4")  # of weights, at inference
-KV_CACHES = ("int8",)  # what keys and values are kept in, if not as they are computed
+KV_CACHES = ("bfloat16", "int8")  # what keys and values are kept in, if not as they are computed
 
 
 @dataclasses.dataclass(frozen=True)

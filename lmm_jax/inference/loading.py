@@ -45,7 +45,7 @@ def load(
       mesh: of `sharding.make_mesh`, or its text form ``"data=1,fsdp=8,tensor=1"``; None is one device.
       dtype: of weights and arithmetic, "float32" or "bfloat16"; None is bfloat16 on TPU and GPU, float32 on CPU.
       quantize: "int8" or "int4" keeps the decoder's weights in so many bits, see `models.quantization`.
-      kv_cache: "int8" keeps the decoder's keys and values in 8 bits, see `models.kv_cache`.
+      kv_cache: "bfloat16" or "int8" keeps the decoder's keys and values so, see `models.kv_cache`; None: as computed.
       attention: kernel, one of `models.attention.IMPLEMENTATIONS`.
       prefix_cache_bytes: device memory for pictures that may be asked about again.
 
