@@ -7,6 +7,8 @@ import signal
 
 # compiling is most of the suite's time, and the models are tiny: spend little on optimising them
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+# there is a test process for each core: what is split between threads takes longer in all
+FLAGS += " --xla_cpu_parallel_codegen_split_count=1"
 # without this, simulated devices meet at their collectives in different orders and wait for each other forever
 FLAGS += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"

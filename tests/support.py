@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from safetensors.numpy import load_file
 
 from lmm_jax.checkpoint import load_params
@@ -31,6 +32,11 @@ TRAINING = [
     ("llava_v1_5", "training_stage1"),
 ]
 MESHES = ("data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2")
+
+
+def slow(*cases: Any) -> list[Any]:
+    """Cases of a parametrized test that only `pytest -m slow` runs; a tuple is one of several arguments."""
+    return [pytest.param(*(c if isinstance(c, tuple) else (c,)), marks=pytest.mark.slow) for c in cases]
 
 
 def trained_params(assistant: Any) -> Any:

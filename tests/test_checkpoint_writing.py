@@ -214,6 +214,7 @@ def test_few_leaves_are_on_their_way(folder, monkeypatch):
     assert read_leaf(folder, "b")[0] == 0  # what is larger than the limit is alone
 
 
+@pytest.mark.slow
 def test_memory_stays_bounded(folder):
     end = "base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\nrun()\n"
     end += "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) * 1024)"

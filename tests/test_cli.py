@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from support import CASES, GOLDEN
+from support import CASES, GOLDEN, slow
 
 import lmm_jax
 from lmm_jax.cli import main
@@ -38,7 +38,7 @@ def test_ask_prints_the_answer(capsys, model):
     assert out.strip() == lmm_jax.load(model).ask("What is it?", [PICTURE], max_new_tokens=8)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [CASES[0], *slow(*CASES[1:])])
 def test_a_converted_checkpoint_answers_as_its_arrays_say(capsys, converted, case, tmp_path):
     """The same prompt and pixels through the command and through `generate`."""
     loaded = lmm_jax.load(converted(case))

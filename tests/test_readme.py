@@ -31,6 +31,7 @@ def run(command, folder):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_two_commands_and_every_snippet(checkout):
     first, tests = blocks(PAGES[0], "bash")
     assert tests == "pip install -e '.[test]' && pytest\n"

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import INFERENCE, MESHES, golden, relative_error
+from support import INFERENCE, MESHES, golden, relative_error, slow
 
 import lmm_jax
 from lmm_jax import sharding
@@ -85,7 +85,11 @@ def max_share(params):
 
 
 @pytest.mark.parametrize(
-    "size,spec", [*(("tiny", spec) for spec in MESHES), ("tiny-hd", MESHES[-1]), ("tiny-llava-v1.5", MESHES[-1])]
+    "size,spec",
+    [
+        ("tiny", MESHES[-1]),
+        *slow(*(("tiny", m) for m in MESHES[:-1]), *((s, MESHES[-1]) for s in ("tiny-hd", "tiny-llava-v1.5"))),
+    ],
 )
 def test_same_logits_and_tokens_on_every_mesh(tiny, size, spec):
     config = named_sizes()[size]
@@ -102,12 +106,12 @@ def test_same_logits_and_tokens_on_every_mesh(tiny, size, spec):
 GOLDEN_ON_MESHES = [
     (case, scenario, spec)
     for case, scenario in INFERENCE
-    for spec in MESHES
+    for spec in MESHES[::-1]
     if scenario == "inference" or spec == MESHES[-1]  # every checkpoint on every mesh, every scenario on the mixed one
 ]
 
 
-@pytest.mark.parametrize("case,scenario,spec", GOLDEN_ON_MESHES)
+@pytest.mark.parametrize("case,scenario,spec", [GOLDEN_ON_MESHES[0], *slow(*GOLDEN_ON_MESHES[1:])])
 def test_golden_checkpoints_on_every_mesh(assistant, case, scenario, spec):
     expected = golden(case, scenario)
     inputs = expected["input_ids"], expected["attention_mask"], expected.get("pixel_values")

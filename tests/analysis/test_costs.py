@@ -112,6 +112,7 @@ def test_the_command(capsys, tmp_path):
     assert figures["parameters"]["LLaVA-v1.5"] == pytest.approx(7.05e9, rel=1e-3)  # without the last block of the encoder
 
 
+@pytest.mark.slow
 def test_the_command_on_a_model_folder(capsys, tiny, monkeypatch, tmp_path):
     variants, file = costs.variants, tmp_path / "report.json"
     monkeypatch.setattr(costs, "variants", lambda config: variants(config)[:2])

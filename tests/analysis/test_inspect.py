@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from PIL import Image
-from support import GOLDEN
+from support import GOLDEN, slow
 
 import lmm_jax
 from lmm_jax.analysis import attention
@@ -26,7 +26,7 @@ def given(model, images=(PICTURE,), answer="red"):
     return told, attention.decoder_input(model, told, list(told.media), None)
 
 
-@pytest.mark.parametrize("size", ["tiny", "tiny-hd", "tiny-llava-v1.5"])
+@pytest.mark.parametrize("size", ["tiny", *slow("tiny-hd", "tiny-llava-v1.5")])
 def test_layer_by_layer_is_the_model(tiny, size):
     model = lmm_jax.load(tiny(size))
     told, x = given(model, (PICTURE, GOLDEN / "preprocessing" / "wide.png") if size == "tiny" else (PICTURE,))

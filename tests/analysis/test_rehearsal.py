@@ -6,6 +6,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from lmm_jax.analysis.rehearsal import rehearse
 from lmm_jax.config import IMAGE_TOKEN_ID, named_sizes
@@ -42,6 +43,7 @@ def requests(frames: int) -> list[Request]:
     return [Request(asked if m else ids, m, Sampling(4)) for m in media]
 
 
+@pytest.mark.slow
 def test_it_compiles_what_the_engine_compiles():
     mesh = make_mesh()
     found = rehearse(CONFIG, requests(70), mesh, dtype="float32")
@@ -56,6 +58,7 @@ def test_it_compiles_what_the_engine_compiles():
         assert compiled[name.strip("_")] == function._cache_size(), name
 
 
+@pytest.mark.slow
 def test_a_mesh_divides_the_bytes():
     one, eight = (rehearse(CONFIG, requests(1), make_mesh(spec), dtype="float32") for spec in (None, "fsdp=4,tensor=2"))
     assert [p.name for p in one.programs] == [p.name for p in eight.programs]
@@ -65,6 +68,7 @@ def test_a_mesh_divides_the_bytes():
     assert size / 8 <= eight.parameters < size / 7  # small ones are replicated
 
 
+@pytest.mark.slow
 def test_parameters_in_four_bits():
     found = rehearse(CONFIG, requests(1)[2:], make_mesh(), dtype="float32", quantize="int4")
     params = leaf_paths(init_params(CONFIG, make_mesh()))
@@ -72,6 +76,7 @@ def test_parameters_in_four_bits():
     assert found.parameters == sum(x.size * (4 if x.dtype == jnp.int4 else 8 * x.dtype.itemsize) for x in kept) // 8
 
 
+@pytest.mark.slow
 def test_memory_of_a_long_video():
     """Until the prompt is read, a frame leaves its vision token and room for its keys and values: no pixels, no features."""
     config = dataclasses.replace(CONFIG, decoder=dataclasses.replace(CONFIG.decoder, max_position_embeddings=8192))

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from support import slow
 
 import lmm_jax
 from lmm_jax.cli import main
@@ -19,7 +20,7 @@ def test_it_is_small():
     assert {"tokenizer.json", "config.json"} <= {f.name for f in MODEL.iterdir()}
 
 
-@pytest.mark.parametrize("medium,least", [("image", 0.85), ("video", 0.6)])
+@pytest.mark.parametrize("medium,least", slow(("image", 0.85), ("video", 0.6)))
 def test_it_answers_what_it_has_not_seen(tmp_path, medium, least):
     """The whole measurement is `benchmarks/demo_accuracy.py`; here a part that chance alone does not make fail."""
     numbers = {"images": 20, "clips": 0} if medium == "image" else {"images": 0, "clips": 40}

@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+from support import slow
 
 from lmm_jax.cli import main
 from lmm_jax.demo import MODEL
@@ -85,16 +86,14 @@ def test_every_record_has_its_answer(whole, questions, words, capsys):
 
 @pytest.mark.parametrize(
     "more",
-    [
-        ["--batch-size", "13", "--mesh", "data=8"],
-        *(pytest.param(["--batch-size", n], marks=pytest.mark.slow) for n in ("1", "32")),
-    ],
+    slow(["--batch-size", "13", "--mesh", "data=8"], ["--batch-size", "1"], ["--batch-size", "32"]),
 )
 def test_batches_and_devices_change_nothing(words, whole, tmp_path, more):
     assert main([*words, *more, "--out", str(tmp_path / "run")]) == 0
     assert answers(tmp_path / "run") == answers(whole)
 
 
+@pytest.mark.slow
 def test_shards(words, whole, tmp_path, capsys):
     run = tmp_path / "run"
     assert main([*words, "--shard", "2/2", "--out", str(run)]) == 0
@@ -174,6 +173,7 @@ def kill_at_random(words, run, kills, chance):
     assert launch(words, "--out", run).wait(300) == 0
 
 
+@pytest.mark.slow
 def test_a_kill(words, whole, tmp_path):
     kill_at_random(words, tmp_path / "run", 1, random.Random(1))
     assert answers(tmp_path / "run") == answers(whole)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from support import GOLDEN
+from support import GOLDEN, slow
 
 import lmm_jax
 from lmm_jax.data.conversation import Message, render
@@ -66,7 +66,7 @@ def questions(count, clip):
     return out
 
 
-@pytest.mark.parametrize("count", [16, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", slow(16, 64))
 def test_mixed_questions_equal_asking_alone(model, clip, count):
     asked, settings = questions(count, clip), {"max_new_tokens": 8, "temperature": 0.8, "seed": 5}
     together = model().ask_batch(asked, **settings)
@@ -116,7 +116,7 @@ def test_batch_takes_plain_text_too(model):
     assert model().ask_batch(["Hello?"], max_new_tokens=4) == [model().ask("Hello?", max_new_tokens=4)]
 
 
-@pytest.mark.parametrize("size", ["tiny", pytest.param("tiny-hd", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", ["tiny", *slow("tiny-hd")])
 def test_every_turn_of_a_chat_equals_the_whole_transcript_afresh(model, tiny, clip, size):
     settings = {"max_new_tokens": 6, "temperature": 0.7, "seed": 3}
     chat = model(size).chat()

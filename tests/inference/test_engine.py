@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import golden, relative_error
+from support import golden, relative_error, slow
 
 import lmm_jax
 from lmm_jax.data.layout import Row
@@ -51,7 +51,7 @@ def mixed_requests(config, count, seed=0):
     return requests
 
 
-@pytest.mark.parametrize("size", ["tiny", *(pytest.param(s, marks=pytest.mark.slow) for s in ("tiny-hd", "tiny-llava-v1.5"))])
+@pytest.mark.parametrize("size", ["tiny", *slow("tiny-hd", "tiny-llava-v1.5")])
 def test_batch_equals_asking_alone_and_streaming(model, size):
     engine = model(size).engine
     requests = mixed_requests(engine.config, 9)
@@ -80,7 +80,7 @@ def expand(row):
     return [next(images) if token == -200 else 0 for token in row.ids]
 
 
-@pytest.mark.parametrize("size", ["tiny", "tiny-hd"])
+@pytest.mark.parametrize("size", ["tiny", *slow("tiny-hd")])
 @pytest.mark.parametrize("images", [(1, 1), (2 * CHUNK + 3,), (1, 5, 1)])
 def test_images_and_frames_follow_the_definition(model, size, images):
     loaded = model(size)
@@ -216,7 +216,7 @@ def test_compilations_are_bounded(tiny, compiled):
     assert len(compiled) == before + in_batches + alone  # nothing is compiled twice
 
 
-@pytest.mark.parametrize("mesh", [None, "data=2,fsdp=2,tensor=2"])
+@pytest.mark.parametrize("mesh", [None, *slow("data=2,fsdp=2,tensor=2")])
 def test_what_was_compiled_serves_again(tiny, compiled, mesh):
     """Also for other prompts, pictures and settings of like size, and on a mesh. Drawing needs programs of its own."""
     engine = lmm_jax.load(tiny("tiny"), mesh=mesh).engine
@@ -241,6 +241,7 @@ def test_another_engine_of_the_same_model_compiles_nothing(tiny, compiled):
     assert counts[0] == counts[1] and answers[0] == answers[1]
 
 
+@pytest.mark.slow
 def test_mixed_requests_on_a_mesh(model):
     expected, got = (model(mesh=m).engine for m in (None, "data=2,fsdp=2,tensor=2"))
     requests = mixed_requests(expected.config, 9)
@@ -386,6 +387,7 @@ def test_a_cache_that_does_not_fit_is_made_smaller(model, monkeypatch):
     assert engine.generate(requests, STOP) == expected
 
 
+@pytest.mark.slow
 def test_bfloat16(assistant):
     """The default on GPU and TPU: near the golden logits, not rounded to bfloat16, and generating."""
     expected = golden("image_c1", "inference")

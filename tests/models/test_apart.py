@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import GOLDEN, relative_error, trained_params
+from support import GOLDEN, relative_error, slow, trained_params
 
 import lmm_jax
 from lmm_jax.analysis import attention
@@ -20,7 +20,7 @@ from lmm_jax.sharding import make_mesh
 PICTURES = [str(GOLDEN / "preprocessing" / name) for name in ("odd.png", "wide.png")]
 
 
-@pytest.mark.parametrize("size", ["tiny", "tiny-hd", "tiny-llava-v1.5"])
+@pytest.mark.parametrize("size", ["tiny", *slow("tiny-hd", "tiny-llava-v1.5")])
 def test_the_same_logits_and_answers(tiny, size, monkeypatch):
     stacked = lmm_jax.load(tiny(size))
     monkeypatch.setattr(apart, "LARGE", 0)
@@ -59,7 +59,7 @@ def test_who_takes_it():
     assert not apart.is_wanted(large, make_mesh("fsdp=8"))
 
 
-@pytest.mark.parametrize("kept", [None, "int8"])
+@pytest.mark.parametrize("kept", ["int8", *slow(None)])
 def test_a_whole_stack_is_one_scan(tiny, kept):
     """The same logits and answers as with the last layer by itself, and a decode step has one layer less to compile."""
     whole, other = (lmm_jax.load(tiny("tiny"), kv_cache=kept) for _ in range(2))

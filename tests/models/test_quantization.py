@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import trained_params
+from support import slow, trained_params
 
 import lmm_jax
 from lmm_jax.config import QUANTIZATIONS
@@ -54,7 +54,7 @@ def logits(model):
 
 
 @pytest.mark.parametrize("kind", QUANTIZATIONS)
-@pytest.mark.parametrize("mesh", [None, "fsdp=2,tensor=4"])
+@pytest.mark.parametrize("mesh", ["fsdp=2,tensor=4", *slow(None)])
 def test_a_model_of_few_bits(tiny, kind, mesh):
     """Computes what the same model does whose kernels are the rounded ones."""
     whole, small = lmm_jax.load(tiny("tiny")), lmm_jax.load(tiny("tiny"), quantize=kind, mesh=mesh)
@@ -85,6 +85,7 @@ def rounded_kernel(values, scale, shape, stacked):
     return (np.asarray(values).astype(np.float32) * scale).reshape(shape)
 
 
+@pytest.mark.slow
 def test_it_answers(tiny):
     model = lmm_jax.load(tiny("tiny"), quantize="int4")
     assert model.ask_batch(["What?", "And a longer one?"], max_new_tokens=4) == [

@@ -51,6 +51,7 @@ def filled(leaves):
     return leaves | {path: jnp.asarray(x) for path, x in noise.items()}
 
 
+@pytest.mark.slow
 def test_the_model_starts_unchanged_and_merges(params):
     new = adapters()[0]
     before = logits(params)
@@ -74,6 +75,7 @@ def test_merging_one_layer_by_hand(params):
     assert relative_error(merge(params[path][1], *(x[1] for x in found[path])), expected) <= 1e-6
 
 
+@pytest.mark.slow
 def test_only_adapters_learn(params):
     groups = (GroupConfig(r".*/lora_[ab]", 1e-3), GroupConfig(r"(?!.*/lora_[ab]$).*"))
     new = adapters()[0]

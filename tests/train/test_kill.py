@@ -72,6 +72,7 @@ def test_stopped_and_resumed_on_any_mesh(pictures, tmp_path, monkeypatch):
         assert figures(tmp_path / mesh) == pytest.approx(whole, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_sigterm_stops_the_command(pictures, tmp_path):
     """At whatever moment of a step it comes."""
     config = small(tmp_path / "run", pictures, data={"epochs": 8}, record={"checkpoint_steps": 0})

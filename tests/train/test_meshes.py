@@ -42,6 +42,7 @@ def test_a_mesh_of_chips_that_are_not_here():
     assert sharding.platform(planned("fsdp=4", chip=H100)[0].mesh) == "gpu"
 
 
+@pytest.mark.slow
 def test_what_is_held_is_what_the_arrays_take():
     """The same run on devices that are here: argument bytes of the compiled step."""
     setup, shape = planned("fsdp=4,tensor=2")
@@ -60,6 +61,7 @@ def test_frozen_parameters_have_no_optimizer_state():
     assert 2 * held.trained <= held.optimizer <= 2 * held.trained + 64  # two moments and counters
 
 
+@pytest.mark.slow
 def test_exchanges_are_those_of_the_compiled_program():
     """CPU programs gather in float32, and sum whole gradients where they could scatter them."""
     config = run(remat="none")

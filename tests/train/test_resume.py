@@ -121,6 +121,7 @@ def test_an_evaluation_that_was_cut_off_is_made_up(copy):
     assert [entry["step"] for entry in lines(config.folder) if "held_out_loss" in entry] == [2]
 
 
+@pytest.mark.slow
 def test_held_out_records_that_cannot_be_used_do_not_stop_a_run(begun, tmp_path):
     good = {"id": 0, "image": str(begun / "data" / "0.png"), "conversations": turns("<image>\nWhich colour?", "red")}
     gone = {"id": 1, "image": "gone.png", "conversations": turns("<image>\nWhich colour?", "red")}

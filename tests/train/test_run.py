@@ -24,7 +24,7 @@ from runs import (
     write_data,
     write_records,
 )
-from support import GOLDEN
+from support import GOLDEN, slow
 
 import lmm_jax
 from conversion.from_hf import Options, from_hf
@@ -71,6 +71,7 @@ def command(config, *words):
 # -------------------------------------------------------------------------------------------------------------- wholes
 
 
+@pytest.mark.slow
 def test_a_run_from_nothing(records, tmp_path):
     held = {"sources": (SourceConfig(str(records)),), "every": 4, "batches": 1}
     config = small(tmp_path / "run", records, held_out=held)
@@ -107,9 +108,7 @@ def test_stage_1_changes_the_projector_alone(start, projected):
     assert {a.dtype for name, a in after.items() if name.startswith("layers.")} == {np.dtype(np.float16)}
 
 
-@pytest.mark.parametrize(
-    "init", ["llm_first_layers", *(pytest.param(i, marks=pytest.mark.slow) for i in ("random", "identity"))]
-)
+@pytest.mark.parametrize("init", slow("llm_first_layers", "random", "identity"))
 def test_stage_2_adds_and_trains(pictures, projected, tmp_path, init):
     begin = {"scratch": None, "tokenizer": "", "folder": str(projected / "model"), "prefusion_init": init}
     config = small(tmp_path / "run", pictures, max_steps=2, start=begin | {"compressor_size": 1, "prefusion_layers": 2})

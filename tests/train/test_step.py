@@ -9,7 +9,7 @@ import pytest
 from batches import STAGE_1, STAGE_2, batch_of, golden_batch, split, stepping
 from flax import traverse_util
 from published import to_hf_names
-from support import TRAINING, golden, gradient_norms, relative_error, trained_params
+from support import TRAINING, golden, gradient_norms, relative_error, slow, trained_params
 
 from lmm_jax import sharding
 from lmm_jax.config import IGNORE_LABEL, REMAT
@@ -41,7 +41,7 @@ def program(config, chunk, parts, remat):
     return jax.jit(functools.partial(gradients, LlavaMini(config, remat=remat), chunk, parts))
 
 
-@pytest.mark.parametrize("case,scenario", TRAINING)
+@pytest.mark.parametrize("case,scenario", [*TRAINING[:2], *slow(*TRAINING[2:4]), *TRAINING[4:]])
 def test_golden_loss_and_gradients(assistant, case, scenario):
     loaded, expected = assistant(case), golden(case, scenario)
     config = loaded.config
@@ -62,7 +62,7 @@ def test_golden_loss_and_gradients(assistant, case, scenario):
         assert without | untrained == {n for n, norm in norms.items() if norm is None and "vision_tower" not in n}
 
 
-@pytest.mark.parametrize("case,scenario", [("image_c1", "training"), ("llava_v1_5", "training_stage1")])
+@pytest.mark.parametrize("case,scenario", [*slow(("image_c1", "training")), ("llava_v1_5", "training_stage1")])
 def test_one_step_of_adamw(assistant, case, scenario):
     """As optax takes it on the published gradients in the published layout: clipped, two rates, no state for the rest."""
     loaded, expected = assistant(case), golden(case, scenario)
@@ -145,11 +145,7 @@ def assert_same(got, expected, tolerance):
 
 @pytest.mark.parametrize(
     "settings",
-    (
-        {"parts": 2, "chunk": 5},
-        {"remat": "full"},
-        *(pytest.param({"remat": kind}, marks=pytest.mark.slow) for kind in REMAT[1:] if kind != "full"),
-    ),
+    slow({"parts": 2, "chunk": 5}, *({"remat": kind} for kind in REMAT[1:])),
     ids=lambda s: "-".join(f"{k}-{v}" for k, v in s.items()),
 )
 def test_the_same_step_cut_differently(example, settings):
