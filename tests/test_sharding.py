@@ -66,6 +66,7 @@ def test_no_device_holds_more_than_a_seventh(tiny, spec):
     assert max_share(params) <= 1 / 7
 
 
+@pytest.mark.slow
 def test_initialised_parameters_are_sharded_and_the_same_on_any_mesh():
     config = named_sizes()["tiny"]
     one = init_params(config, sharding.make_mesh(), seed=3)

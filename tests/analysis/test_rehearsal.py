@@ -89,6 +89,7 @@ def test_memory_of_a_long_video():
     assert short.parameters < before[0] < short.peak < long.peak
 
 
+@pytest.mark.slow
 def test_layers_apart_are_rehearsed_apart(monkeypatch):
     monkeypatch.setattr(apart, "LARGE", 0)
     found = rehearse(CONFIG, requests(1)[1:2], make_mesh(), dtype="float32")

@@ -102,6 +102,7 @@ def test_short_ones_overtake_a_long_one(start):
     assert len(long.wait()) == 400
 
 
+@pytest.mark.slow
 def test_who_enters_and_who_generates_share_the_device(engine, start, monkeypatch):
     """While requests come all the time, and to embed each takes long, one that generates gets more than a token for each."""
     embed, advance, steps = engine.embed, live_module.Slots.advance, []
@@ -209,6 +210,7 @@ def test_pictures_that_fail_fail_alone(engine, start):
     assert len(ask(live, text(3)).wait()) == 3
 
 
+@pytest.mark.slow
 def test_slots_grow_and_shrink_with_what_is_asked(engine, start, monkeypatch):
     monkeypatch.setattr(live_module, "QUIET_TURNS", 2)
     live = start(rows=8)

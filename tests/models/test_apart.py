@@ -75,7 +75,7 @@ def test_a_whole_stack_is_one_scan(tiny, kept):
     assert [decode_products(model.engine) for model in (whole, other)] == [9 + 1, 2 * 9 + 1]
 
 
-@pytest.mark.parametrize("large", [0, apart.LARGE])
+@pytest.mark.parametrize("large", [0, *slow(apart.LARGE)])
 def test_what_is_loaded_is_what_is_measured(tiny, large, monkeypatch):
     """`lmm report` times parameters that it draws in the form in which others are loaded."""
     monkeypatch.setattr(apart, "LARGE", large)

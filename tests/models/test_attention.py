@@ -226,6 +226,7 @@ def test_auto(where, lengths, channels, dtype, kind, choice, monkeypatch):
     assert attention._choose("auto", q, k, kind == "causal", mask) == choice
 
 
+@pytest.mark.slow
 def test_a_model_runs_with_a_kernel_that_cannot_do_everything():
     """Pictures, text after them, prompt and next token, of which this kernel does half, give what `plain` gives."""
     config = dataclasses.replace(named_sizes()["tiny"], prefusion_layers=2)

@@ -69,6 +69,7 @@ def test_one_prefusion_layer_and_one_decoder_layer():
     assert logits.shape == (1, 5, 512)
 
 
+@pytest.mark.slow
 def test_tied_head_is_the_embedding():
     base = named_sizes()["tiny"]
     tied = dataclasses.replace(base, decoder=dataclasses.replace(base.decoder, tie_word_embeddings=True))

@@ -40,6 +40,14 @@ def decoders(model):
         each.close()
 
 
+@pytest.fixture(scope="module")
+def workers(model):
+    """Decoders that are started once for several tests."""
+    made = Decoders(model.config, Limits(decoders=1))
+    yield made
+    made.close()
+
+
 def crash():
     os._exit(7)
 
@@ -127,7 +135,7 @@ def test_a_client_that_leaves_stops_its_decoder(decoders, media):
 
 
 @pytest.mark.parametrize("name", ["bomb", "cut", "gif", "text", "svg", "empty", "playlist"])
-def test_malicious_files(decoders, media, tmp_path, name):
+def test_malicious_files(workers, media, tmp_path, name):
     whole = (media / "shapes.png").read_bytes()
     animation = io.BytesIO()
     Image.new("P", (30_000, 30_000)).save(animation, "GIF")
@@ -141,7 +149,6 @@ def test_malicious_files(decoders, media, tmp_path, name):
         "playlist": b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n",
     }[name]
     (tmp_path / "file").write_bytes(content)
-    workers = decoders()
 
     async def read():
         with pytest.raises(UserError, match="the picture"):

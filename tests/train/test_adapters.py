@@ -85,6 +85,7 @@ def test_only_adapters_learn(params):
     assert all(np.any(g) for g in grads.values())
 
 
+@pytest.mark.slow
 def test_shards_and_dtypes():
     alone, _ = adapters()
     shared, abstract = adapters("data=2,fsdp=2,tensor=2")

@@ -115,6 +115,7 @@ def test_a_run_in_a_bucket_is_that_on_the_disk(places, tmp_path):
     assert [name for name in got if got[name].tobytes() != expected[name].tobytes()] == []
 
 
+@pytest.mark.slow
 def test_asking_a_model_in_a_bucket(places):
     (_, _), (_, start) = places
     command = [sys.executable, "-m", "lmm_jax", "ask", "--model", start, "--max-new-tokens", "2", "Hello?"]

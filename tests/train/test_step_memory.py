@@ -44,6 +44,7 @@ def device_bytes(tree):
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
+@pytest.mark.slow
 def test_stage_1_holds_no_state_for_the_frozen():
     """Arguments of the program: frozen weights once in bfloat16, the projector three times in float32, the batch."""
     setup = setup_of(stage1_llama_3_1_8b.get_config().optimizer.groups)
