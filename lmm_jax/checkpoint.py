@@ -168,7 +168,7 @@ def load_params(
 ) -> Any:
     """Reads the parameters of a model folder, each device's slice straight from the disk.
 
-    A process reads what its own devices hold and no more; 64 MB, or one array, are on their way at a time.
+    A process reads what its own devices hold and no more, at a time a thirty-second of it, 64 MB or one array.
 
     Args:
       folder: a model folder.

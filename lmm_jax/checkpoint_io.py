@@ -30,6 +30,7 @@ from lmm_jax.errors import UserError
 MANIFEST = "manifest.ocdbt"
 CHUNK_BYTES = 4 * 2**20  # small enough for a device to read about its own slice, large enough to read at full speed
 IN_FLIGHT_BYTES = 512 * 2**20  # leaves alive at once while writing, unless a single one is larger
+READERS = 32  # threads that take chunks from mapped files: most wait for the disk
 DATA_FILE_BYTES = 256 * 2**20  # TensorStore keeps up to this much in memory before it writes a file
 
 
@@ -193,9 +194,8 @@ def _context(mapped: bool = False) -> ts.Context:
       mapped: chunks are mapped into memory to be read, as safetensors does: to find buffers for them takes the system longer
         than the rest. A file that another process cuts short meanwhile ends this one.
     """
-    return ts.Context(
-        {"cache_pool#ocdbt": {"total_bytes_limit": 10**8}, "file_io_mode": {"mode": "memmap" if mapped else "default"}}
-    )
+    reading = {"file_io_mode": {"mode": "memmap"}, "data_copy_concurrency": {"limit": READERS}} if mapped else {}
+    return ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": 10**8}, **reading})
 
 
 def _kvstore(folder: Path, path: str = "") -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -14,13 +14,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lmm_jax import checkpoint_io
 
-AHEAD_BYTES = 64 * 2**20  # arrays that are being read at once, unless a single one is larger
-
-_Parts = dict[tuple[tuple[int, int], ...], tuple[np.ndarray, ts.WriteFutures]]  # by their starts and stops
+_Bounds = tuple[tuple[int, int], ...]  # starts and stops
+_Parts = dict[_Bounds, tuple[np.ndarray, ts.WriteFutures]]
 
 
 def read_in_order(
-    folder: Path, sources: Iterable[tuple[str, ts.TensorStore, jax.ShapeDtypeStruct]]
+    folder: Path, sources: Sequence[tuple[str, ts.TensorStore, jax.ShapeDtypeStruct]]
 ) -> Iterator[tuple[str, jax.Array]]:
     """Reads what devices of this process hold, and no more; while one array is handed over, those after it are being read.
 
@@ -32,17 +31,32 @@ def read_in_order(
       UserError: damaged data.
     """
     reading: collections.deque[tuple[str, jax.ShapeDtypeStruct, _Parts]] = collections.deque()
+    most = ahead_bytes(sum(_bytes(leaf) for *_, leaf in sources))
     for path, store, leaf in sources:
-        slices = {_bounds(index, leaf.shape) for index in leaf.sharding.addressable_devices_indices_map(leaf.shape).values()}
-        size = sum(math.prod(stop - start for start, stop in key) for key in slices) * leaf.dtype.itemsize
-        while reading and size + sum(a.nbytes for *_, parts in reading for a, _ in parts.values()) > AHEAD_BYTES:
+        while reading and _bytes(leaf) + sum(a.nbytes for *_, parts in reading for a, _ in parts.values()) > most:
             yield _finish(folder, *reading.popleft())
-        reading.append((path, leaf, {key: _start(store, key, leaf.dtype) for key in slices}))  # no name may keep the memory
+        parts = {key: _start(store, key, leaf.dtype) for key in _slices(leaf)}
+        reading.append((path, leaf, parts))
+        del parts  # no name may keep the memory
     while reading:
         yield _finish(folder, *reading.popleft())
 
 
-def _start(store: ts.TensorStore, bounds: tuple[tuple[int, int], ...], dtype: np.dtype) -> tuple[np.ndarray, ts.WriteFutures]:
+def ahead_bytes(total: int) -> int:
+    """Of arrays that are being read at once, unless a single one is larger: they keep a disk busy and are little in all."""
+    return max(64 * 2**20, total // 32)
+
+
+def _slices(leaf: jax.ShapeDtypeStruct) -> set[_Bounds]:
+    """What devices of this process hold."""
+    return {_bounds(index, leaf.shape) for index in leaf.sharding.addressable_devices_indices_map(leaf.shape).values()}
+
+
+def _bytes(leaf: jax.ShapeDtypeStruct) -> int:
+    return sum(math.prod(stop - start for start, stop in key) for key in _slices(leaf)) * leaf.dtype.itemsize
+
+
+def _start(store: ts.TensorStore, bounds: _Bounds, dtype: np.dtype) -> tuple[np.ndarray, ts.WriteFutures]:
     return checkpoint_io.start_reading(store, tuple(slice(*part) for part in bounds), dtype)
 
 
@@ -63,5 +77,5 @@ def layer_of(stack: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return stack.update(shape=stack.shape[1:], sharding=sharding)
 
 
-def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> _Bounds:
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape))

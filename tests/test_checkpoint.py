@@ -126,7 +126,7 @@ def test_round_trip(folder, monkeypatch, mesh_shape, dtype):
 
 @pytest.mark.parametrize("ahead", [0, 2**30])
 def test_layers_are_read_apart(written, monkeypatch, ahead):
-    monkeypatch.setattr(checkpoint_mesh, "AHEAD_BYTES", ahead)
+    monkeypatch.setattr(checkpoint_mesh, "ahead_bytes", lambda total: ahead)
     seen = []
     loaded = load_params(
         written, make_abstract(), layers_apart=True, each=lambda path, leaf: seen.append(path) or {"of": leaf}
@@ -141,7 +141,7 @@ def test_layers_are_read_apart(written, monkeypatch, ahead):
 
 
 def test_what_is_replaced_is_gone_before_the_next_is_read(written, monkeypatch):
-    monkeypatch.setattr(checkpoint_mesh, "AHEAD_BYTES", 0)
+    monkeypatch.setattr(checkpoint_mesh, "ahead_bytes", lambda total: 0)
     start, started = checkpoint_io.start_reading, []
 
     def starting(*args):
