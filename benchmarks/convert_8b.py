@@ -4,9 +4,10 @@
 
 makes a checkpoint with every name and shape of the published one (random bf16 values, shards of 5 GB), converts it to a
 model folder, loads that, and converts it back, each in a process of its own, writes the figures to benchmarks/convert_8b.json,
-and removes what it made. Loading takes turns with plainly reading the same files by eight threads: over and over into the same
-few bytes, which is all that the disk can do, and into memory that holds them all; none finds any of them in memory. Needs
-Linux: peak memory is VmHWM, which counts mapped files too.
+and removes what it made. Loading takes turns with eight threads that do no more than read the same files: directly (O_DIRECT)
+and over and over into the same few bytes ("reading"), which is all that the disk can do; directly into memory that holds them
+all ("filling"), which the system has to supply; and there as any program reads, through the system's memory of files ("plain
+filling"). None finds any of them in memory. Needs Linux: peak memory is VmHWM, which counts mapped files too.
 """
 
 from __future__ import annotations
@@ -56,20 +57,26 @@ params = jax.block_until_ready(checkpoint.load_params(sys.argv[1], abstract))
 print(time.perf_counter() - start, sum(x.nbytes for x in jax.tree.leaves(params)))
 """
 _READ = """
-import concurrent.futures, mmap, pathlib, sys, time
-def read(file):
-    size = file.stat().st_size
-    memory = mmap.mmap(-1, size if sys.argv[2] == "filling" else 2**24)  # what is the system's to give, page by page
-    done, blocks = 0, memoryview(memory)
-    with open(file, "rb", buffering=0) as source:
-        while count := source.readinto(blocks[done : done + 2**24] if sys.argv[2] == "filling" else blocks):
-            done += count
-    return done, memory
+import concurrent.futures, mmap, os, pathlib, sys, time
+way, block = sys.argv[2], 2**23
 files = [p for p in pathlib.Path(sys.argv[1]).rglob("*") if p.is_file() and p.stat().st_size]
+starts, end = {}, 0
+for file in files:
+    starts[file], end = end, end + -(-file.stat().st_size // block) * block
+memory = memoryview(mmap.mmap(-1, end)) if way != "reading" else None  # the system gives it page by page
+def read(file):
+    done, few = 0, memoryview(mmap.mmap(-1, block)) if memory is None else None
+    source = os.open(file, os.O_RDONLY | (0 if way == "plain_filling" else os.O_DIRECT))
+    while count := os.preadv(source, [few or memory[starts[file] + done :][:block]], done):
+        done += count
+        if count % 4096:
+            break
+    os.close(source)
+    return done
 start = time.perf_counter()
 with concurrent.futures.ThreadPoolExecutor(8) as pool:
-    found = list(pool.map(read, sorted(files, key=lambda p: -p.stat().st_size)))
-print(time.perf_counter() - start, sum(size for size, _ in found))
+    size = sum(pool.map(read, sorted(files, key=lambda p: -p.stat().st_size)))
+print(time.perf_counter() - start, size)
 """
 
 
@@ -109,8 +116,8 @@ def measure(command: str, src: Path, dst: Path) -> dict[str, float]:
 
 
 def load(folder: Path, rounds: int) -> dict[str, float]:
-    """GB/s of loading a model folder, and of reading its files into a few bytes, or filling memory with them; medians."""
-    programs = {"loading": _LOAD, "reading": _READ, "filling": _READ}
+    """GB/s of loading a model folder, and of eight threads that read its files, see above; medians."""
+    programs = {"loading": _LOAD, "reading": _READ, "filling": _READ, "plain_filling": _READ}
     rates: dict[str, list[float]] = {way: [] for way in programs}
     for _ in range(rounds):
         for way, program in programs.items():
@@ -143,7 +150,7 @@ def main() -> None:
         size = generate(source)
         there = measure("from-hf", source, folder / "model")
         shutil.rmtree(source)
-        loaded = load(folder / "model", rounds=3)
+        loaded = load(folder / "model", rounds=5)
         back = measure("to-hf", folder / "model", folder / "back")
     finally:
         shutil.rmtree(folder)

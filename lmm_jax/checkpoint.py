@@ -25,6 +25,7 @@ import tensorstore as ts
 
 from lmm_jax import checkpoint_io, checkpoint_mesh, storage
 from lmm_jax.checkpoint_io import LazyLeaf
+from lmm_jax.checkpoint_mesh import Source
 from lmm_jax.config import FORMAT, ModelConfig, from_json, to_json
 from lmm_jax.errors import UserError
 from lmm_jax.sharding import leaf_paths
@@ -187,8 +188,8 @@ def load_params(
     """
     folder = storage.as_path(folder)
     config = read_config(folder)
-    stores = _open(folder)
     names, leaves = disk_names(abstract), leaf_paths(abstract)
+    stores = _open(folder, checkpoint_mesh.host_bytes(leaves.values()))
     for path in [path for path in leaves if whole and "/stack/" in path]:
         names[path] += names.get(path.replace("/stack/", "/last/"), ())
         leaves[path] = leaves[path].update(shape=(len(names[path]), *leaves[path].shape[1:]))
@@ -201,10 +202,11 @@ def load_params(
     sources = []
     for path, leaf in leaves.items():
         layers, leaf = [stores[name] for name in names[path]], leaf.update(dtype=jnp.dtype(dtype or leaf.dtype))
-        if "/stack/" not in path or not layers_apart:
-            sources.append((path, ts.stack(layers) if "/stack/" in path else layers[0], leaf))
+        is_stack = "/stack/" in path
+        if is_stack and layers_apart:
+            sources.extend(Source(path, [layer], checkpoint_mesh.layer_of(leaf), False) for layer in layers)
         else:
-            sources.extend((path, layer, checkpoint_mesh.layer_of(leaf)) for layer in layers)
+            sources.append(Source(path, layers, leaf, is_stack))
     loaded: dict[str, list[Any]] = {path: [] for path in leaves}
     for path, array in checkpoint_mesh.read_in_order(folder, sources):
         loaded[path].append(array if each is None else jax.block_until_ready(each(path, array)))
@@ -247,9 +249,9 @@ def _params(folder: Path) -> Path:
     return storage.absolute(folder) / PARAMS_FOLDER
 
 
-def _open(folder: Path) -> dict[str, ts.TensorStore]:
+def _open(folder: Path, filling: int = 0) -> dict[str, ts.TensorStore]:
     with checkpoint_io.damage_is_a_user_error(folder):
-        return checkpoint_io.open_arrays(_params(folder))
+        return checkpoint_io.open_arrays(_params(folder), filling)
 
 
 # -------------------------------------------------------------------------------------------------------------- writing

@@ -16,9 +16,12 @@ import contextlib
 import dataclasses
 import json
 import math
+import mmap
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -30,8 +33,13 @@ from lmm_jax.errors import UserError
 MANIFEST = "manifest.ocdbt"
 CHUNK_BYTES = 4 * 2**20  # small enough for a device to read about its own slice, large enough to read at full speed
 IN_FLIGHT_BYTES = 512 * 2**20  # leaves alive at once while writing, unless a single one is larger
-READERS = 32  # threads that take chunks from mapped files: most wait for the disk
+READERS = 32  # threads that wait for the disk, most of the time
 DATA_FILE_BYTES = 256 * 2**20  # TensorStore keeps up to this much in memory before it writes a file
+
+# Chunks are mapped into memory to be read, as safetensors does: to find buffers for them takes the system longer than to read
+# them. A file that another process cuts short meanwhile ends this one.
+_MAPPED = {"file_io_mode": {"mode": "memmap"}, "data_copy_concurrency": {"limit": READERS}}
+_DIRECT = {"file_io_mode": {"mode": "direct"}, "file_io_concurrency": {"limit": READERS}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,14 +124,18 @@ def _create(folder: Path, leaves: Mapping[str, LazyLeaf | np.ndarray], context: 
     return {name: store.with_transaction(None) for name, store in stores.items()}
 
 
-def open_arrays(folder: Path) -> dict[str, ts.TensorStore]:
+def open_arrays(folder: Path, filling: int = 0) -> dict[str, ts.TensorStore]:
     """Disk name -> array, opened for reading; nothing but names, shapes and dtypes is read yet.
+
+    Args:
+      folder: of the database.
+      filling: bytes of this machine's memory that what is going to be read stays in.
 
     Raises:
       ValueError: the database is missing or damaged (see `damage_is_a_user_error`).
     """
     kvstore = _kvstore(folder)
-    context = _context(mapped=True)
+    context = _context(_way_of_reading(folder, filling))
     keys = ts.KvStore.open(kvstore, context=context).result().list().result()
     names = sorted(key.removesuffix(b"/zarr.json").decode() for key in keys if key.endswith(b"/zarr.json"))
     opening = {name: ts.open(_array(folder, name), context=context, read=True, open=True) for name in names}
@@ -136,20 +148,24 @@ def open_array(folder: Path, name: str) -> ts.TensorStore:
     Raises:
       ValueError: it is missing, or the database is damaged.
     """
-    return ts.open(_array(folder, name), context=_context(mapped=True), read=True, open=True).result()
+    return ts.open(_array(folder, name), context=_context(_MAPPED), read=True, open=True).result()
 
 
-def start_reading(store: ts.TensorStore, part: tuple[slice, ...], dtype: np.dtype) -> tuple[np.ndarray, ts.WriteFutures]:
-    """Starts to read a part of `store`, cast to `dtype`; the array is complete when the future is.
-
-    The array starts at a multiple of 64 bytes, which lets a CPU device use it as it is rather than copy it.
-    """
-    source = ts.cast(store, dtype.name)[part]
-    size = source.size * dtype.itemsize
+def aligned_memory(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Memory that starts at a multiple of 64 bytes, which lets a CPU device use it as it is rather than copy it."""
+    size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
-    array = memory[start : start + size].view(dtype).reshape(source.shape)
-    return array, ts.array(array, copy=False, write=True).write(source)
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def start_reading(store: ts.TensorStore, part: tuple[slice, ...], target: np.ndarray) -> ts.WriteFutures:
+    """Starts to read a part of `store`, cast to the dtype of `target`, which is contiguous and complete when the future is.
+
+    The system's pages are taken beforehand: by chunks that arrive, several threads would take the same one at a time.
+    """
+    target.reshape(-1).view(np.uint8)[:: mmap.PAGESIZE] = 0
+    return ts.array(target, copy=False, write=True).write(ts.cast(store, target.dtype.name)[part])
 
 
 @contextlib.contextmanager
@@ -187,14 +203,38 @@ def _produce(name: str, leaf: LazyLeaf | np.ndarray) -> np.ndarray:
     return array
 
 
-def _context(mapped: bool = False) -> ts.Context:
-    """The index is kept in memory, array data is not.
+def _way_of_reading(folder: Path, filling: int) -> dict[str, Any]:
+    """`_MAPPED`, or `_DIRECT` where memory cannot hold the files beside what they fill.
 
-    Args:
-      mapped: chunks are mapped into memory to be read, as safetensors does: to find buffers for them takes the system longer
-        than the rest. A file that another process cuts short meanwhile ends this one.
+    There the system would be busy making room for pages that nobody finds again, which takes longer than reading.
     """
-    reading = {"file_io_mode": {"mode": "memmap"}, "data_copy_concurrency": {"limit": READERS}} if mapped else {}
+    if storage.is_remote(folder):
+        return {}
+    files = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return _DIRECT if files + filling > _available_bytes() and _reads_directly(folder / MANIFEST) else _MAPPED
+
+
+def _available_bytes() -> float:
+    """Memory that the system could give, what it keeps of files included; infinity where it does not tell (not Linux)."""
+    try:
+        lines = Path("/proc/meminfo").read_text()
+    except OSError:
+        return math.inf
+    found = re.search(r"MemAvailable:\s*(\d+) kB", lines)
+    return 1024 * int(found[1]) if found else math.inf
+
+
+def _reads_directly(file: Path) -> bool:
+    """Whether a file can be read past the system's memory of files, which some file systems refuse."""
+    try:
+        os.close(os.open(file, os.O_RDONLY | os.O_DIRECT))
+    except OSError:
+        return False
+    return True
+
+
+def _context(reading: Mapping[str, Any] = MappingProxyType({})) -> ts.Context:
+    """The index is kept in memory, array data is not; `reading` is `_MAPPED`, `_DIRECT` or what TensorStore does by itself."""
     return ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": 10**8}, **reading})
 
 

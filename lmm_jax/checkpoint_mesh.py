@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -14,61 +17,97 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lmm_jax import checkpoint_io
 
+PIECE_BYTES = 64 * 2**20  # of an array are asked for at once, or one row of its chunks
+THREADS = min(8, os.cpu_count() or 1)  # that make memory ready, which the system takes long to supply
+
 _Bounds = tuple[tuple[int, int], ...]  # starts and stops
-_Parts = dict[_Bounds, tuple[np.ndarray, ts.WriteFutures]]
 
 
-def read_in_order(
-    folder: Path, sources: Sequence[tuple[str, ts.TensorStore, jax.ShapeDtypeStruct]]
-) -> Iterator[tuple[str, jax.Array]]:
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """An array to read.
+
+    Attributes:
+      path: what it is called.
+      stores: it on disk, or, of a stack, each layer.
+      leaf: its shape, dtype and sharding in memory.
+      is_stack: whether it is one, (L, …), which is never split along L.
+    """
+
+    path: str
+    stores: Sequence[ts.TensorStore]
+    leaf: jax.ShapeDtypeStruct
+    is_stack: bool
+
+
+class _Growing:
+    """The memory of an array that is being read, and what of it is not there yet."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.missing = list(_pieces(source))
+        self.pending = len(self.missing)
+        self._memory: dict[_Bounds, np.ndarray] = {}
+
+    def memory(self, part: _Bounds) -> np.ndarray:
+        """A slice's, (L, …) in any case."""
+        if part not in self._memory:
+            self._memory[part] = checkpoint_io.aligned_memory(_shape(part), self.source.leaf.dtype)
+        return self._memory[part] if self.source.is_stack else self._memory[part][None]
+
+    def take(self) -> jax.Array:
+        """The whole array; nothing here keeps its memory."""
+        memory, self._memory = self._memory, {}
+        leaf = self.source.leaf
+        return jax.make_array_from_callback(
+            leaf.shape, leaf.sharding, lambda index: memory[_bounds(index, leaf.shape)], dtype=leaf.dtype
+        )
+
+
+def read_in_order(folder: Path, sources: Sequence[Source]) -> Iterator[tuple[str, jax.Array]]:
     """Reads what devices of this process hold, and no more; while one array is handed over, those after it are being read.
 
     Args:
       folder: for messages.
-      sources: (path, array on disk, its shape, dtype and sharding in memory); paths are given back with the arrays.
+      sources: whose paths are given back with the arrays.
 
     Raises:
       UserError: damaged data.
     """
-    reading: collections.deque[tuple[str, jax.ShapeDtypeStruct, _Parts]] = collections.deque()
-    most = ahead_bytes(sum(_bytes(leaf) for *_, leaf in sources))
-    for path, store, leaf in sources:
-        while reading and _bytes(leaf) + sum(a.nbytes for *_, parts in reading for a, _ in parts.values()) > most:
-            yield _finish(folder, *reading.popleft())
-        parts = {key: _start(store, key, leaf.dtype) for key in _slices(leaf)}
-        reading.append((path, leaf, parts))
-        del parts  # no name may keep the memory
-    while reading:
-        yield _finish(folder, *reading.popleft())
+    most = ahead_bytes(sum(_bytes(source.leaf) for source in sources))
+    reading: collections.deque[tuple[int, _Growing, Future[ts.WriteFutures]]] = collections.deque()
+
+    def finish_oldest() -> _Growing:
+        _, array, started = reading.popleft()
+        with checkpoint_io.damage_is_a_user_error(folder):
+            started.result().result()
+        array.pending -= 1
+        return array
+
+    with ThreadPoolExecutor(THREADS, "reading") as pool:
+        for array in map(_Growing, sources):
+            for part, store, wanted, place in array.missing:
+                size = math.prod(_shape(wanted)) * array.source.leaf.dtype.itemsize
+                while reading and size + sum(n for n, *_ in reading) > most:
+                    if not (oldest := finish_oldest()).pending:
+                        yield oldest.source.path, oldest.take()
+                target = array.memory(part)[place]
+                index = tuple(slice(*bounds) for bounds in wanted)
+                reading.append((size, array, pool.submit(checkpoint_io.start_reading, store, index, target)))
+                del target  # no name may keep the memory
+        while reading:
+            if not (oldest := finish_oldest()).pending:
+                yield oldest.source.path, oldest.take()
 
 
 def ahead_bytes(total: int) -> int:
-    """Of arrays that are being read at once, unless a single one is larger: they keep a disk busy and are little in all."""
+    """Of arrays that are being read at once, unless a single piece is larger: they keep a disk busy and are little in all."""
     return max(64 * 2**20, total // 32)
 
 
-def _slices(leaf: jax.ShapeDtypeStruct) -> set[_Bounds]:
-    """What devices of this process hold."""
-    return {_bounds(index, leaf.shape) for index in leaf.sharding.addressable_devices_indices_map(leaf.shape).values()}
-
-
-def _bytes(leaf: jax.ShapeDtypeStruct) -> int:
-    return sum(math.prod(stop - start for start, stop in key) for key in _slices(leaf)) * leaf.dtype.itemsize
-
-
-def _start(store: ts.TensorStore, bounds: _Bounds, dtype: np.dtype) -> tuple[np.ndarray, ts.WriteFutures]:
-    return checkpoint_io.start_reading(store, tuple(slice(*part) for part in bounds), dtype)
-
-
-def _finish(folder: Path, path: str, leaf: jax.ShapeDtypeStruct, parts: _Parts) -> tuple[str, jax.Array]:
-    with checkpoint_io.damage_is_a_user_error(folder):
-        for _, done in parts.values():
-            done.result()
-
-    def at(index: tuple[slice, ...]) -> np.ndarray:
-        return parts[_bounds(index, leaf.shape)][0]
-
-    return path, jax.make_array_from_callback(leaf.shape, leaf.sharding, at, dtype=leaf.dtype)
+def host_bytes(leaves: Iterable[jax.ShapeDtypeStruct]) -> int:
+    """Of arrays, what stays in this machine's memory: what this process holds on processors."""
+    return sum(_bytes(leaf) for leaf in leaves if next(iter(leaf.sharding.device_set)).platform == "cpu")
 
 
 def layer_of(stack: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -77,5 +116,41 @@ def layer_of(stack: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return stack.update(shape=stack.shape[1:], sharding=sharding)
 
 
+def _pieces(source: Source) -> Iterator[tuple[_Bounds, ts.TensorStore, _Bounds, tuple]]:
+    """Of each slice of a source: the slice, a store, what of it, and where that belongs in `_Growing.memory`."""
+    for part in _slices(source.leaf):
+        (first, last), *inside = part if source.is_stack else ((0, 1), *part)
+        for layer in range(first, last):
+            store = source.stores[layer]
+            for rows in _cut(store, inside, source.leaf.dtype.itemsize):
+                place = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(rows, inside))
+                yield part, store, rows, (layer - first, *place, ...)
+
+
+def _cut(store: ts.TensorStore, part: Sequence[tuple[int, int]], itemsize: int) -> Iterator[_Bounds]:
+    """Cuts a part of an array into pieces along its first axis, between chunks."""
+    if not part:
+        yield ()
+        return
+    (start, stop), *others = part
+    height = store.chunk_layout.read_chunk.shape[0]
+    each = max(1, PIECE_BYTES // max(1, height * math.prod(_shape(others)) * itemsize)) * height
+    edges = [start, *range(start - start % each + each, stop, each), stop]
+    yield from ((edge, *others) for edge in zip(edges, edges[1:]))
+
+
+def _slices(leaf: jax.ShapeDtypeStruct) -> set[_Bounds]:
+    """What devices of this process hold."""
+    return {_bounds(index, leaf.shape) for index in leaf.sharding.addressable_devices_indices_map(leaf.shape).values()}
+
+
+def _bytes(leaf: jax.ShapeDtypeStruct) -> int:
+    return sum(math.prod(_shape(part)) for part in _slices(leaf)) * leaf.dtype.itemsize
+
+
 def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> _Bounds:
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape))
+
+
+def _shape(part: Sequence[tuple[int, int]]) -> tuple[int, ...]:
+    return tuple(stop - start for start, stop in part)

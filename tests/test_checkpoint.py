@@ -1,7 +1,9 @@
 """Model folders: what is written is read on any mesh, every device reads its own part, damage is noticed."""
 
+import errno
 import itertools
 import json
+import os
 import subprocess
 import sys
 import weakref
@@ -38,6 +40,7 @@ AXES = {  # of the leaf in one layer, as in lmm_jax.sharding
     "layers/last/self_attn/q_proj/kernel": ("fsdp", "tensor"),
     "prefusion_layers/last/mlp/up_proj/kernel": ("fsdp", "tensor"),
 }
+ON_LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the only system where files are read directly")
 MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 
 
@@ -109,8 +112,10 @@ def test_names_on_disk():
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, BF16])
 @pytest.mark.parametrize("mesh_shape", MESHES)
-def test_round_trip(folder, monkeypatch, mesh_shape, dtype):
+@pytest.mark.parametrize("piece_bytes", [2**26, 1])
+def test_round_trip(folder, monkeypatch, mesh_shape, dtype, piece_bytes):
     monkeypatch.setattr(checkpoint_io, "CHUNK_BYTES", 1024)  # several chunks per leaf
+    monkeypatch.setattr(checkpoint_mesh, "PIECE_BYTES", piece_bytes)
     params = make_params(dtype)
     write_model(folder, CONFIG, unstack(params))
     assert read_config(folder) == CONFIG
@@ -142,17 +147,17 @@ def test_layers_are_read_apart(written, monkeypatch, ahead):
 
 def test_what_is_replaced_is_gone_before_the_next_is_read(written, monkeypatch):
     monkeypatch.setattr(checkpoint_mesh, "ahead_bytes", lambda total: 0)
-    start, started = checkpoint_io.start_reading, []
+    allocate, taken = checkpoint_io.aligned_memory, []
 
-    def starting(*args):
-        assert not [1 for memory in started if memory() is not None]
-        array, done = start(*args)
-        started.append(weakref.ref(array))
-        return array, done
+    def allocating(*args):
+        assert not [1 for memory in taken if memory() is not None]
+        array = allocate(*args)
+        taken.append(weakref.ref(array))
+        return array
 
-    monkeypatch.setattr(checkpoint_io, "start_reading", starting)
+    monkeypatch.setattr(checkpoint_io, "aligned_memory", allocating)
     load_params(written, make_abstract(), each=lambda path, leaf: np.float32(0))
-    assert len(started) == len(SHAPES)
+    assert len(taken) == len(SHAPES)
 
 
 def test_stored_leaves(written):
@@ -190,8 +195,10 @@ def bytes_read():
 
 
 @pytest.mark.parametrize("mesh_shape", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)])
-def test_a_process_reads_every_byte_once(folder, monkeypatch, mesh_shape):
+@pytest.mark.parametrize("piece_bytes", [2**26, 2**15])  # an array; a few of its rows of chunks
+def test_a_process_reads_every_byte_once(folder, monkeypatch, mesh_shape, piece_bytes):
     monkeypatch.setattr(checkpoint_io, "CHUNK_BYTES", 2**14)  # 64 chunks of a megabyte
+    monkeypatch.setattr(checkpoint_mesh, "PIECE_BYTES", piece_bytes)
     shapes = {"embed_tokens/embedding": (512, 512), "layers/stack/norm/scale": (4, 2000), "layers/last/norm/scale": (2000,)}
     write_model(folder, CONFIG, unstack(nest({path: np.ones(shape, np.float32) for path, shape in shapes.items()})))
     before = bytes_read()
@@ -206,10 +213,42 @@ def test_a_slice_reads_its_own_bytes(folder, monkeypatch):
     write_model(folder, CONFIG, {"a": array})
     store = checkpoint_io.open_arrays(folder / "params")["a"]
     before = bytes_read()
-    got, done = checkpoint_io.start_reading(store, (slice(64, 128), slice(0, 512)), np.dtype(np.float32))
-    done.result()
+    got = checkpoint_io.aligned_memory((64, 512), array.dtype)
+    checkpoint_io.start_reading(store, (slice(64, 128), slice(0, 512)), got).result()
     assert np.array_equal(got, array[64:128]) and got.ctypes.data % 64 == 0
     assert bytes_read() - before < 1.1 * array.nbytes / 8
+
+
+@ON_LINUX
+@pytest.mark.parametrize("left, chosen", [(0, "direct"), (2**40, "memmap")])
+def test_files_stay_out_of_memory_that_is_too_small(written, monkeypatch, left, chosen):
+    monkeypatch.setattr(checkpoint_io, "_available_bytes", lambda: left)
+    ways = []
+    context = checkpoint_io._context
+    monkeypatch.setattr(checkpoint_io, "_context", lambda reading={}: ways.append(reading) or context(reading))
+    same(load_params(written, make_abstract((2, 2, 2))), make_params())
+    assert [way["file_io_mode"]["mode"] for way in ways] == [chosen]
+
+
+@ON_LINUX
+def test_where_direct_reading_is_refused(written, monkeypatch):
+    opening = os.open
+
+    def refusing(path, flags, *args, **how):
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return opening(path, flags, *args, **how)
+
+    monkeypatch.setattr(checkpoint_io.os, "open", refusing)
+    monkeypatch.setattr(checkpoint_io, "_available_bytes", lambda: 0)
+    assert checkpoint_io._way_of_reading(written, 0) is checkpoint_io._MAPPED
+    same(load_params(written, make_abstract()), make_params())
+
+
+@ON_LINUX
+def test_available_memory_is_what_the_system_says():
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 2**20 < checkpoint_io._available_bytes() <= total
 
 
 def test_orbax_restores_it(written):
@@ -246,7 +285,9 @@ def damage(path, how):
 
 
 @pytest.mark.parametrize("how", ["flip", "truncate", "delete"])
-def test_damage_to_any_data_file_is_noticed(written, how):
+@pytest.mark.parametrize("left", [0, 2**40])
+def test_damage_to_any_data_file_is_noticed(written, monkeypatch, how, left):
+    monkeypatch.setattr(checkpoint_io, "_available_bytes", lambda: left)
     files = [path for path in (written / "params").rglob("*") if path.is_file() and path.name != "_METADATA"]
     noticed = 0
     for path in files:
