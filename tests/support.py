@@ -12,6 +12,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from lmm_jax.checkpoint import load_params
+from lmm_jax.config import ModelConfig
+from lmm_jax.inference.engine import Request
+from lmm_jax.inference.sampling import Sampling
 from lmm_jax.models.llava_mini import abstract_params
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -64,3 +67,30 @@ def relative_error(got, expected) -> float:
     if not difference:
         return 0.0
     return float(difference / norm) if norm and np.isfinite(difference) else float("inf")
+
+
+def picture(seed: int, config: ModelConfig) -> np.ndarray:
+    """Random pixels (P,H,W,3)."""
+    side = config.vision.image_size
+    return np.random.default_rng(seed).integers(0, 256, (config.tiles, side, side, 3), dtype=np.uint8)
+
+
+def prompt(seed: int, length: int, placeholders: int, vocab: int = 512) -> np.ndarray:
+    """Random ids, so many of which stand for images."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(3, vocab, length)
+    ids[rng.choice(length, placeholders, replace=False)] = -200
+    return ids
+
+
+def mixed_requests(config: ModelConfig, count: int, seed: int = 0) -> list[Request]:
+    """Text only, one image, several images, a video; lengths and settings of all kinds."""
+    rng, requests = np.random.default_rng(seed), []
+    for i in range(count):
+        kind = i % 4
+        media = [picture(100 * i + j, config) for j in range((0, 1, 3, 0)[kind])]
+        if kind == 3:
+            media = [[picture(100 * i + j, config) for j in range(int(rng.integers(1, 12)))]]
+        sampling = Sampling(int(rng.integers(1, 12)), float(i % 3), seed=i)
+        requests.append(Request(prompt(i, int(rng.integers(5, 70)), len(media)), media, sampling))
+    return requests

@@ -70,7 +70,7 @@ class ImageSide:
         self._encode, self._fuse = _jitted(model, mesh)
         self._mesh = mesh
         self._helper = ThreadPoolExecutor(1, "encoder") if apart.is_lone_processor(mesh) else None
-        self._put = jit(_put_tokens, mesh, donate_argnums=0)
+        self._put = jit(_put_tokens, mesh, donate_argnums=0, static_argnums=3)
         self._zeros = jit(_zeros, mesh, static_argnums=(0, 1, 2))
         self._split = jit(_split_prefix, mesh)
         self._join = jit(_join_prefixes, mesh)
@@ -105,7 +105,7 @@ class ImageSide:
             if c.prefusion_layers:
                 ids = layout.fused_ids[np.minimum(rows, len(layout.ids) - 1)]
                 total = self._fuse(params, total, ids, rows, prefix)
-            tokens = self._put(tokens, prefix.tokens, np.int32(number * self.chunk))
+            tokens = self._put(tokens, prefix.tokens, np.int32(number * self.chunk), size)
             in_flight.append(prefix.tokens)
             if len(in_flight) > 2:  # do not run ahead of the device: pixels of a whole video would pile up
                 in_flight.popleft().block_until_ready()
@@ -130,7 +130,10 @@ class ImageSide:
         return 4 * self._config.tiles * v.num_heads * (v.grid**2 + 1) ** 2
 
     def _prefix(self, params: Any, chunk: list[_Item], size: int) -> ImagePrefix:
-        """Prefixes of a chunk's images, padded to `size`; single images come from the cache or go there."""
+        """Prefixes of a chunk's images, padded to `size`, or one, of the picture that all of them are.
+
+        Pictures come from the cache or go there.
+        """
         keys = [PrefixCache.key(i.pixels) if i.keep else None for i in chunk]
         known = {k: p for k in set(keys) if k and (p := self.prefixes.get(k))}
         first = {k: n for n, k in reversed(list(enumerate(keys)))}  # a picture that comes twice is encoded once
@@ -146,7 +149,9 @@ class ImageSide:
                 if keys[n]:
                     self.prefixes.put(keys[n], single[slot])
         parts = [known[k or n] for n, k in enumerate(keys)]
-        return parts[0] if size == 1 else self._join(parts + [parts[-1]] * (size - len(parts)))
+        if self._multiple == 1 and all(part is parts[0] for part in parts):
+            return parts[0]
+        return self._join(parts + [parts[-1]] * (size - len(parts)))
 
     def _start(self, params: Any, pixels: np.ndarray, number: int) -> ImagePrefix:
         """Starts to encode.
@@ -175,8 +180,8 @@ class ImageSide:
 
 @functools.lru_cache(maxsize=8)  # engines of the same model share what is compiled
 def _jitted(model: LlavaMini, mesh: Mesh) -> tuple[Callable[..., ImagePrefix], Callable[..., jax.Array]]:
-    """`encode`: pixels (N,P,H,W,3) -> prefix of N images. `fuse`: ids (N,I) with N images, whose results are added to total
-    (B,I,D) at rows (N,).
+    """`encode`: pixels (N,P,H,W,3) -> prefix of N images. `fuse`: ids (N,I) with N images or the one that all are about, whose
+    results are added to total (B,I,D) at rows (N,).
     """
 
     def encode(params: Any, pixels: jax.Array) -> ImagePrefix:
@@ -194,8 +199,11 @@ def _zeros(shape: tuple[int, int, int], dtype: Any, axis: str | None) -> jax.Arr
     return constrain(jnp.zeros(shape, dtype), axis, None, None)
 
 
-def _put_tokens(tokens: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
-    """Writes vision tokens (N,V,D) from image number `at` on; on every device, since any row may want any of them."""
+def _put_tokens(tokens: jax.Array, new: jax.Array, at: jax.Array, size: int) -> jax.Array:
+    """Writes vision tokens (N,V,D) of `size` images, or one's as often, from image number `at` on; on every device, since any
+    row may want any of them.
+    """
+    new = jnp.repeat(new, size // len(new), axis=0)
     start = (at, jnp.int32(0), jnp.int32(0))
     return constrain(jax.lax.dynamic_update_slice(tokens, new.astype(tokens.dtype), start), None, None, None)
 

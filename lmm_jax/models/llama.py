@@ -69,7 +69,7 @@ class Attention(nn.Module):
 
         Args:
           x: normalised input.
-          prefix: keys and values before x, visible to all of it.
+          prefix: keys and values (P,S,K,H) before x, visible to all of it; of fewer rows where B/P in turn share one.
           cache: see `kv_cache`; of stacked layers `layer` () int32 says which.
           layer: index into a stacked cache.
           step: what all layers share.
@@ -90,7 +90,8 @@ class Attention(nn.Module):
         if step.queries is not None:
             mask, causal = jnp.arange(x.shape[1]) <= step.queries[..., None], False
         elif prefix is not None:
-            k, v = (jnp.concatenate(pair, axis=1) for pair in zip(prefix, new))
+            each = len(x) // len(prefix[0])
+            k, v = (jnp.concatenate([jnp.repeat(old, each, axis=0), own], axis=1) for old, own in zip(prefix, new))
         out = attend(q, k, v, causal=causal, mask=mask, implementation=step.implementation)
         return checkpoint_name(self.o_proj(out), layers.NARROW), new, cache
 

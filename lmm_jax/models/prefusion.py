@@ -31,7 +31,10 @@ def fuse_image(
 def fuse_text(
     stack: LayerStack, text: jax.Array, prefix: dict[str, KV], config: DecoderConfig, implementation: str
 ) -> jax.Array:
-    """text (N,T,D), the visible instruction tokens of each image's row, padded right -> fused text (N,T,D)."""
+    """text (R,T,D), the visible instruction tokens of each image's row, padded right -> fused text (R,T,D).
+
+    R is N, or a multiple: then R/N rows in turn are about the same image.
+    """
     start = prefix["last"][0].shape[1]
     table = _rope(start + jnp.arange(text.shape[1]), config)
     return stack(text, Step(table, implementation=implementation), prefix=prefix)[0]

@@ -1,13 +1,12 @@
 """Batches, streams, images and videos through the engine."""
 
 import functools
-import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import golden, relative_error, slow
+from support import golden, mixed_requests, picture, prompt, relative_error, slow
 
 import lmm_jax
 from lmm_jax.data.layout import Row
@@ -24,31 +23,6 @@ STOP = (2,)
 @pytest.fixture(scope="module")
 def model(tiny):
     return functools.cache(lambda name="tiny", **settings: lmm_jax.load(tiny(name), **settings))
-
-
-def picture(seed, config):
-    side = config.vision.image_size
-    return np.random.default_rng(seed).integers(0, 256, (config.tiles, side, side, 3), dtype=np.uint8)
-
-
-def prompt(seed, length, placeholders, vocab=512):
-    rng = np.random.default_rng(seed)
-    ids = rng.integers(3, vocab, length)
-    ids[rng.choice(length, placeholders, replace=False)] = -200
-    return ids
-
-
-def mixed_requests(config, count, seed=0):
-    """Text only, one image, several images, a video; lengths and settings of all kinds."""
-    rng, requests = np.random.default_rng(seed), []
-    for i in range(count):
-        kind = i % 4
-        media = [picture(100 * i + j, config) for j in range((0, 1, 3, 0)[kind])]
-        if kind == 3:
-            media = [[picture(100 * i + j, config) for j in range(int(rng.integers(1, 12)))]]
-        sampling = Sampling(int(rng.integers(1, 12)), float(i % 3), seed=i)
-        requests.append(Request(prompt(i, int(rng.integers(5, 70)), len(media)), media, sampling))
-    return requests
 
 
 @pytest.mark.parametrize("size", ["tiny", *slow("tiny-hd", "tiny-llava-v1.5")])
@@ -104,35 +78,6 @@ def test_video_that_ends_early_takes_the_room_of_its_real_frames(model):
     ids, sampling = prompt(0, 9, 1), Sampling(5)
     short = engine.generate([Request(ids, [Short(frames)], sampling)], STOP)
     assert short == engine.generate([Request(ids, [frames], sampling)], STOP)
-
-
-def test_second_question_on_a_picture_is_not_encoded_again(tiny, monkeypatch):
-    engine = lmm_jax.load(tiny("tiny")).engine
-    calls = []
-    encode = engine.images._encode
-    monkeypatch.setattr(engine.images, "_encode", lambda *args: calls.append(1) or encode(*args))
-    image, sampling = picture(0, engine.config), Sampling(4)
-    first = engine.generate([Request(prompt(0, 9, 1), [image], sampling)], STOP)
-    second = engine.generate([Request(prompt(1, 9, 1), [image], sampling)], STOP)
-    assert len(calls) == 1
-    both = engine.generate([Request(prompt(i, 9, 1), [image.copy()], sampling) for i in range(2)], STOP)
-    assert both == first + second and len(calls) == 1
-    uncached = lmm_jax.load(tiny("tiny"), prefix_cache_bytes=0).engine
-    assert both == uncached.generate([Request(prompt(i, 9, 1), [image], sampling) for i in range(2)], STOP)
-
-
-def test_prefix_cache_is_bounded(tiny):
-    engine = lmm_jax.load(tiny("tiny")).engine
-    one = engine.images.prefix_bytes
-    engine = lmm_jax.load(tiny("tiny"), prefix_cache_bytes=3 * one).engine
-    cache, pictures = engine.images.prefixes, [picture(i, engine.config) for i in range(4)]
-    for image in (*pictures, pictures[0]):
-        engine.generate([Request(prompt(0, 9, 1), [image], Sampling(1))], STOP)
-    assert cache.bytes == 3 * one
-    kept = [cache.get(cache.key(p)) is not None for p in pictures]
-    assert kept == [True, False, True, True]  # number 1 is the least recently used
-    engine.generate([Request(prompt(0, 9, 1), [pictures * 2], Sampling(1))], STOP)  # a video that is too long passes by
-    assert [cache.get(cache.key(p)) is not None for p in pictures] == kept
 
 
 def test_prompt_longer_than_the_context(model):
@@ -247,48 +192,6 @@ def test_mixed_requests_on_a_mesh(model):
     requests = mixed_requests(expected.config, 9)
     assert got.generate(requests, STOP) == expected.generate(requests, STOP)
     assert got.generate(requests[:3], STOP) == expected.generate(requests[:3], STOP)  # pictures come from the cache
-
-
-def test_a_new_picture_beside_known_ones_is_encoded_alone(tiny, monkeypatch):
-    engine = lmm_jax.load(tiny("tiny")).engine
-    sizes, encode = [], engine.images._encode
-    monkeypatch.setattr(engine.images, "_encode", lambda p, x: sizes.append(len(x)) or encode(p, x))
-    pictures = [picture(i, engine.config) for i in range(5)]
-    for n in range(1, 6):
-        engine.generate([Request(prompt(n, 20, n), pictures[:n], Sampling(1))], STOP)
-    assert sizes == [1] * 5
-
-
-@pytest.mark.parametrize("cache", [0, 2**30])
-def test_pictures_that_are_encoded_one_by_one_are_not_mixed_up(tiny, monkeypatch, cache):
-    """Two threads start them in turn."""
-    engine = lmm_jax.load(tiny("tiny"), prefix_cache_bytes=cache).engine
-    requests = mixed_requests(engine.config, 9)
-    expected = engine.generate(requests, STOP)
-    starts, encode = [], engine.images._encode
-
-    def counting(params, pixels):
-        starts.append((threading.get_ident(), len(pixels)))
-        return encode(params, pixels)
-
-    monkeypatch.setattr(engine.images, "_encode", counting)
-    monkeypatch.setattr(engine.images, "at_once", 1)
-    engine.images.prefixes.clear()
-    assert engine.generate(requests, STOP) == expected
-    threads = [thread for thread, _ in starts]
-    images = sum(sum(r.row().images) for r in requests)
-    assert [size for _, size in starts] == [1] * images and 0 <= threads.count(threads[0]) - images / 2 <= 1
-    assert len(set(threads)) == 2
-
-    def failing(params, pixels):
-        if threading.get_ident() != threads[0]:
-            raise jax.errors.JaxRuntimeError("INTERNAL: the device has gone")
-        return encode(params, pixels)
-
-    monkeypatch.setattr(engine.images, "_encode", failing)
-    engine.images.prefixes.clear()
-    with pytest.raises(DeviceError, match="the device has gone"):
-        engine.generate(requests, STOP)
 
 
 def test_groups_fit_the_memory(model):
