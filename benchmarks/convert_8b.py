@@ -7,7 +7,8 @@ model folder, loads that, and converts it back, each in a process of its own, wr
 and removes what it made. Loading takes turns with eight threads that do no more than read the same files: directly (O_DIRECT)
 and over and over into the same few bytes ("reading"), which is all that the disk can do; directly into memory that holds them
 all ("filling"), which the system has to supply; and there as any program reads, through the system's memory of files ("plain
-filling"). None finds any of them in memory. Needs Linux: peak memory is VmHWM, which counts mapped files too.
+filling"). None finds any of them in memory. Needs Linux, since peak memory is VmHWM, which counts mapped files too, and a file
+system that allows O_DIRECT.
 """
 
 from __future__ import annotations
@@ -63,11 +64,13 @@ files = [p for p in pathlib.Path(sys.argv[1]).rglob("*") if p.is_file() and p.st
 starts, end = {}, 0
 for file in files:
     starts[file], end = end, end + -(-file.stat().st_size // block) * block
-memory = memoryview(mmap.mmap(-1, end)) if way != "reading" else None  # the system gives it page by page
+memory = mmap.mmap(-1, block if way == "reading" else end, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+memory.madvise(mmap.MADV_HUGEPAGE)  # as NumPy has its arrays
+memory = memoryview(memory)
 def read(file):
-    done, few = 0, memoryview(mmap.mmap(-1, block)) if memory is None else None
+    done = 0
     source = os.open(file, os.O_RDONLY | (0 if way == "plain_filling" else os.O_DIRECT))
-    while count := os.preadv(source, [few or memory[starts[file] + done :][:block]], done):
+    while count := os.preadv(source, [memory[0 if way == "reading" else starts[file] + done :][:block]], done):
         done += count
         if count % 4096:
             break

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import glob
 import json
 import os
@@ -169,7 +170,8 @@ def load_params(
 ) -> Any:
     """Reads the parameters of a model folder, each device's slice straight from the disk.
 
-    A process reads what its own devices hold and no more, at a time a thirty-second of it, 64 MB or one array.
+    A process reads what its own devices hold and no more; beside the array that grows a thirty-second of it, or 64 MB, is on
+    its way.
 
     Args:
       folder: a model folder.
@@ -188,11 +190,12 @@ def load_params(
     """
     folder = storage.as_path(folder)
     config = read_config(folder)
-    names, leaves = disk_names(abstract), leaf_paths(abstract)
-    stores = _open(folder, checkpoint_mesh.host_bytes(leaves.values()))
+    names = disk_names(abstract)
+    leaves = {path: leaf.update(dtype=jnp.dtype(dtype or leaf.dtype)) for path, leaf in leaf_paths(abstract).items()}
     for path in [path for path in leaves if whole and "/stack/" in path]:
         names[path] += names.get(path.replace("/stack/", "/last/"), ())
         leaves[path] = leaves[path].update(shape=(len(names[path]), *leaves[path].shape[1:]))
+    stores = _open(folder, checkpoint_mesh.host_bytes(leaves.values()))
     wanted = {n: leaf.shape[1:] if "/stack/" in path else leaf.shape for path, leaf in leaves.items() for n in names[path]}
     faults = [f"{name} is missing" for name in wanted if name not in stores]
     faults += [f"{n} has shape {stores[n].shape}, not {s}" for n, s in wanted.items() if n in stores and stores[n].shape != s]
@@ -201,8 +204,7 @@ def load_params(
         raise UserError(f"the parameters in {folder} do not fit the model: " + "; ".join(faults))
     sources = []
     for path, leaf in leaves.items():
-        layers, leaf = [stores[name] for name in names[path]], leaf.update(dtype=jnp.dtype(dtype or leaf.dtype))
-        is_stack = "/stack/" in path
+        layers, is_stack = [stores[name] for name in names[path]], "/stack/" in path
         if is_stack and layers_apart:
             sources.extend(Source(path, [layer], checkpoint_mesh.layer_of(leaf), False) for layer in layers)
         else:
@@ -211,6 +213,8 @@ def load_params(
     for path, array in checkpoint_mesh.read_in_order(folder, sources):
         loaded[path].append(array if each is None else jax.block_until_ready(each(path, array)))
         del array  # before the next one is read
+        if each is not None:
+            gc.collect(0)  # only then does JAX let go of memory that it has from NumPy
     found = [tuple(of) if layers_apart and "/stack/" in path else of[0] for path, of in loaded.items()]
     return jax.tree.unflatten(jax.tree.structure(abstract), found)
 

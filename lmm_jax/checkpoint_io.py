@@ -21,7 +21,6 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -129,7 +128,7 @@ def open_arrays(folder: Path, filling: int = 0) -> dict[str, ts.TensorStore]:
 
     Args:
       folder: of the database.
-      filling: bytes of this machine's memory that what is going to be read stays in.
+      filling: bytes of this machine's memory that what is going to be read takes, at most.
 
     Raises:
       ValueError: the database is missing or damaged (see `damage_is_a_user_error`).
@@ -209,33 +208,46 @@ def _way_of_reading(folder: Path, filling: int) -> dict[str, Any]:
     There the system would be busy making room for pages that nobody finds again, which takes longer than reading.
     """
     if storage.is_remote(folder):
-        return {}
+        return _MAPPED  # as many threads, nothing is mapped
     files = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return _DIRECT if files + filling > _available_bytes() and _reads_directly(folder / MANIFEST) else _MAPPED
 
 
-def _available_bytes() -> float:
-    """Memory that the system could give, what it keeps of files included; infinity where it does not tell (not Linux)."""
-    try:
-        lines = Path("/proc/meminfo").read_text()
-    except OSError:
+def _available_bytes(group: Path = Path("/sys/fs/cgroup")) -> float:
+    """Memory that the system could give, what it keeps of files included; infinity where it does not tell (not Linux).
+
+    A container may have less than the machine: its own group's limit (cgroup v2).
+    """
+
+    def number(file: Path, pattern: str) -> float:
+        with contextlib.suppress(OSError):
+            found = re.search(pattern, file.read_text(), re.MULTILINE)
+            return int(found[1]) if found else math.inf
         return math.inf
-    found = re.search(r"MemAvailable:\s*(\d+) kB", lines)
-    return 1024 * int(found[1]) if found else math.inf
+
+    machine = 1024 * number(Path("/proc/meminfo"), r"^MemAvailable:\s*(\d+) kB$")
+    limit = number(group / "memory.max", r"^(\d+)$")
+    if limit == math.inf:
+        return machine
+    used = number(group / "memory.current", r"^(\d+)$") - number(group / "memory.stat", r"^file (\d+)$")
+    return min(machine, limit - used)
 
 
 def _reads_directly(file: Path) -> bool:
     """Whether a file can be read past the system's memory of files, which some file systems refuse."""
     try:
-        os.close(os.open(file, os.O_RDONLY | os.O_DIRECT))
+        opened = os.open(file, os.O_RDONLY | os.O_DIRECT)
+        try:
+            return bool(os.preadv(opened, [mmap.mmap(-1, mmap.PAGESIZE)], 0))
+        finally:
+            os.close(opened)
     except OSError:
         return False
-    return True
 
 
-def _context(reading: Mapping[str, Any] = MappingProxyType({})) -> ts.Context:
-    """The index is kept in memory, array data is not; `reading` is `_MAPPED`, `_DIRECT` or what TensorStore does by itself."""
-    return ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": 10**8}, **reading})
+def _context(reading: dict[str, Any] | None = None) -> ts.Context:
+    """The index is kept in memory, array data is not; `reading` is `_MAPPED` or `_DIRECT`, None for what only writes."""
+    return ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": 10**8}, **(reading or {})})
 
 
 def _kvstore(folder: Path, path: str = "") -> dict[str, Any]:

@@ -41,12 +41,12 @@ class Source:
 
 
 class _Growing:
-    """The memory of an array that is being read, and what of it is not there yet."""
+    """The memory of an array that is being read, its pieces, and how many of them are not there yet."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self.missing = list(_pieces(source))
-        self.pending = len(self.missing)
+        self.pieces = list(_pieces(source))
+        self.missing = len(self.pieces)
         self._memory: dict[_Bounds, np.ndarray] = {}
 
     def memory(self, part: _Bounds) -> np.ndarray:
@@ -79,25 +79,29 @@ def read_in_order(folder: Path, sources: Sequence[Source]) -> Iterator[tuple[str
 
     def finish_oldest() -> _Growing:
         _, array, started = reading.popleft()
+        reads = started.result()
         with checkpoint_io.damage_is_a_user_error(folder):
-            started.result().result()
-        array.pending -= 1
+            reads.result()
+        array.missing -= 1
         return array
 
-    with ThreadPoolExecutor(THREADS, "reading") as pool:
+    pool = ThreadPoolExecutor(THREADS, "reading")
+    try:
         for array in map(_Growing, sources):
-            for part, store, wanted, place in array.missing:
+            for part, store, wanted, place in array.pieces:
                 size = math.prod(_shape(wanted)) * array.source.leaf.dtype.itemsize
                 while reading and size + sum(n for n, *_ in reading) > most:
-                    if not (oldest := finish_oldest()).pending:
+                    if not (oldest := finish_oldest()).missing:
                         yield oldest.source.path, oldest.take()
                 target = array.memory(part)[place]
                 index = tuple(slice(*bounds) for bounds in wanted)
                 reading.append((size, array, pool.submit(checkpoint_io.start_reading, store, index, target)))
                 del target  # no name may keep the memory
         while reading:
-            if not (oldest := finish_oldest()).pending:
+            if not (oldest := finish_oldest()).missing:
                 yield oldest.source.path, oldest.take()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def ahead_bytes(total: int) -> int:

@@ -149,7 +149,7 @@ class ImageSide:
                 if keys[n]:
                     self.prefixes.put(keys[n], single[slot])
         parts = [known[k or n] for n, k in enumerate(keys)]
-        if self._multiple == 1 and all(part is parts[0] for part in parts):
+        if self._multiple == 1 and all(part is parts[0] for part in parts):  # one cannot be split between devices
             return parts[0]
         return self._join(parts + [parts[-1]] * (size - len(parts)))
 

@@ -69,7 +69,8 @@ class Attention(nn.Module):
 
         Args:
           x: normalised input.
-          prefix: keys and values (P,S,K,H) before x, visible to all of it; of fewer rows where B/P in turn share one.
+          prefix: keys and values (…,S,K,H) before x, visible to all of it: of B rows, or of a part of B, where rows in turn
+            share one.
           cache: see `kv_cache`; of stacked layers `layer` () int32 says which.
           layer: index into a stacked cache.
           step: what all layers share.

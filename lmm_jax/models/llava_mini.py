@@ -127,7 +127,7 @@ class LlavaMini(nn.Module):
         return table[ids]
 
     def fuse_text(self, text: jax.Array, prefix: ImagePrefix) -> jax.Array:
-        """Instruction embeddings text (N,I,D), one row per image or several in turn, padded right -> fused text (N,I,D).
+        """Instruction embeddings text (R,I,D) of N images, R/N rows of each in turn, padded right -> fused text (R,I,D).
 
         Word embeddings enter without gradient (spec section 4).
         """

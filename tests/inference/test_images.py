@@ -12,7 +12,6 @@ import lmm_jax
 from lmm_jax.errors import DeviceError
 from lmm_jax.inference.engine import Request
 from lmm_jax.inference.sampling import Sampling
-from lmm_jax.models.llava_mini import ImagePrefix
 
 STOP = (2,)
 
@@ -88,9 +87,11 @@ def test_pictures_that_are_encoded_one_by_one_are_not_mixed_up(tiny, monkeypatch
         engine.generate(requests, STOP)
 
 
-@pytest.mark.parametrize("size", ["tiny", *slow("tiny-hd", "tiny-llava-v1.5")])
-def test_questions_about_one_picture_share_its_prefix(tiny, monkeypatch, size):
-    engine = lmm_jax.load(tiny(size)).engine
+@pytest.mark.parametrize(
+    "size, mesh", [("tiny", None), *slow(("tiny-hd", None), ("tiny-llava-v1.5", None), ("tiny", "tensor=2"))]
+)
+def test_questions_about_one_picture_share_its_prefix(tiny, monkeypatch, size, mesh):
+    engine = lmm_jax.load(tiny(size), mesh=mesh).engine
     requests = [Request(prompt(i, 9 + i, 1), [picture(i // 5, engine.config)], Sampling(4)) for i in range(10)]
     alone = [engine.generate([request], STOP)[0] for request in requests]
     joined, join = [], engine.images._join
@@ -110,5 +111,4 @@ def test_rows_that_share_a_prefix_are_fused_as_with_their_own(tiny):
     own = jax.tree_util.tree_map_with_path(
         lambda path, x: jnp.repeat(x, 3, axis=1 if "stack" in jax.tree_util.keystr(path) else 0), prefix
     )
-    assert isinstance(own, ImagePrefix)
     np.testing.assert_allclose(fuse(text, prefix), fuse(text, own), rtol=1e-5, atol=1e-6)
