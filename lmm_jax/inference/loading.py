@@ -85,7 +85,7 @@ def load_params(folder: Path, abstract: Any, mesh: Mesh, quantize: str | None = 
 
 
 def share_heaps() -> None:
-    """Has this process's threads share as many heaps as there are cores, unless MALLOC_ARENA_MAX says otherwise.
+    """Has this process's threads share a heap for every four cores, unless MALLOC_ARENA_MAX says otherwise.
 
     By default glibc gives nearly every thread its own, and what one has freed no other may take. To be called first: threads
     that run already keep theirs.
@@ -94,4 +94,4 @@ def share_heaps() -> None:
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # other C libraries have none
-        mallopt(_M_ARENA_MAX, os.cpu_count() or 1)
+        mallopt(_M_ARENA_MAX, max(1, (os.cpu_count() or 1) // 4))

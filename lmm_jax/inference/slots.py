@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -200,6 +200,11 @@ class Programs:
         return constrain(done | left, "batch")
 
 
+class _Held(NamedTuple):
+    key: Hashable
+    limit: int
+
+
 class Slots:
     """The slots of one cache and who is in them."""
 
@@ -218,7 +223,7 @@ class Slots:
           draws: whether rows may draw their tokens; programs take longer to compile then.
         """
         self._programs, self._params, self._stop, self._draws = programs, params, stop, draws
-        self._held: dict[int, Hashable] = {}  # slot -> who is in it
+        self._held: dict[int, _Held] = {}  # slot -> who is in it
         self._rows, self._size = rows, programs.size(rows)
         with jax.set_mesh(programs.mesh):
             self._state = programs.empty(self._size, length, room, draws)
@@ -248,7 +253,7 @@ class Slots:
         """
         programs = self._programs
         slots = [slot for slot in range(self._size) if slot not in self._held][: len(rows)]
-        self._held |= {slot: key for slot, (key, *_) in zip(slots, rows)}
+        self._held |= {slot: _Held(key, s.max_new_tokens) for slot, (key, *_, s) in zip(slots, rows)}
         padding = programs.size(len(rows)) - len(rows)
         rows = [*rows, *[rows[0]] * padding]  # which enter a slot that is not there
         slots += [self._size] * padding
@@ -263,9 +268,9 @@ class Slots:
     def advance(self, steps: int, enough: int | None = None) -> None:
         """Starts to generate up to `steps` tokens for each row, until `enough` rows may enter; None: until all are done.
 
-        Does not wait for the device, and does nothing where no row has a slot.
+        Does not wait for the device, and does nothing where no row has a slot, or none may have more than its first token.
         """
-        if not self._held:
+        if all(row.limit <= 1 for row in self._held.values()):
             return
         enough = self._size if enough is None else self._size - self._rows + min(enough, self._rows)
         with jax.set_mesh(self._programs.mesh):
@@ -274,24 +279,24 @@ class Slots:
     def leave(self) -> list[tuple[Hashable, list[int]]]:
         """Finished rows with their tokens; their slots are free from now on. Waits for the device."""
         done = np.asarray(self._state.done) if self._held else ()
-        finished = {slot: key for slot, key in self._held.items() if done[slot]}
+        finished = {slot: row.key for slot, row in self._held.items() if done[slot]}
         if not finished:
             return []
-        self._held = {slot: key for slot, key in self._held.items() if slot not in finished}
+        self._held = {slot: row for slot, row in self._held.items() if slot not in finished}
         tokens, count = np.asarray(self._state.tokens), np.asarray(self._state.count)
         return [(key, tokens[slot, : count[slot]].tolist()) for slot, key in finished.items()]
 
     def tokens(self) -> dict[Hashable, list[int]]:
         """What each row has generated so far. Waits for the device."""
         tokens, count = np.asarray(self._state.tokens), np.asarray(self._state.count)
-        return {key: tokens[slot, : count[slot]].tolist() for slot, key in self._held.items()}
+        return {row.key: tokens[slot, : count[slot]].tolist() for slot, row in self._held.items()}
 
     def drop(self, keys: Collection[Hashable]) -> None:
         """These rows' slots are free from now on, finished or not."""
         left = np.zeros(self._size, bool)
-        left[[slot for slot, key in self._held.items() if key in keys]] = True
+        left[[slot for slot, row in self._held.items() if row.key in keys]] = True
         if left.any():
-            self._held = {slot: key for slot, key in self._held.items() if not left[slot]}
+            self._held = {slot: row for slot, row in self._held.items() if not left[slot]}
             with jax.set_mesh(self._programs.mesh):
                 self._state = self._state.replace(done=self._programs.end(self._state.done, left))
 

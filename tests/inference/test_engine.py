@@ -1,5 +1,6 @@
 """Batches, streams, images and videos through the engine."""
 
+import dataclasses
 import functools
 
 import jax
@@ -33,6 +34,15 @@ def test_batch_equals_asking_alone_and_streaming(model, size):
     assert together == [engine.generate([r], STOP)[0] for r in requests]
     assert together == [list(engine.stream(r, STOP)) for r in requests]
     assert all(0 < len(t) <= r.sampling.max_new_tokens for t, r in zip(together, requests))
+
+
+def test_answers_of_one_token_take_no_decode_step(model, monkeypatch):
+    engine = model().engine
+    requests = mixed_requests(engine.config, 5)
+    ones = [dataclasses.replace(r, sampling=dataclasses.replace(r.sampling, max_new_tokens=1)) for r in requests]
+    expected = [tokens[:1] for tokens in engine.generate(requests, STOP)]
+    monkeypatch.setattr(engine.programs, "decode", None)
+    assert engine.generate(ones, STOP) == expected == [list(engine.stream(r, STOP)) for r in ones]
 
 
 def expected_logits(model, row, images):
