@@ -18,7 +18,7 @@ import pytest
 import tensorstore as ts
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lmm_jax import checkpoint, checkpoint_io, checkpoint_mesh
+from lmm_jax import checkpoint_io, checkpoint_mesh
 from lmm_jax.checkpoint import disk_names, leaf_shapes, load_params, read_config, read_leaf, unstack, write_model
 from lmm_jax.config import named_sizes
 from lmm_jax.errors import UserError
@@ -381,45 +381,6 @@ def test_export_only_leaves_are_no_fault(folder):
     extra = itertools.product(["vision_tower.layers.2.layer_norm1.scale", "vision_tower.post_layernorm.bias"], [np.ones(4)])
     write_model(folder, CONFIG, unstack(make_params()) | dict(extra))
     same(load_params(folder, make_abstract()), make_params())
-
-
-def put(folder, **files):
-    folder.mkdir()
-    for name, text in files.items():
-        (folder / name.replace("__", ".")).write_text(text)
-    return folder
-
-
-@pytest.mark.parametrize(
-    "files, message",
-    [
-        ({}, "is empty"),
-        ({"readme__txt": ""}, "has no config.json"),
-        ({"config__json": '{"model_type": "llava_mini"}'}, "run `python -m conversion from-hf {} DST`"),
-        ({"model__safetensors": ""}, "run `python -m conversion from-hf {} DST`"),
-        ({"pytorch_model-1__bin": ""}, "run `python -m conversion from-hf {} DST`"),
-        ({"config__json": '{"format": "lmm-jax", '}, "cannot be read"),
-        ({"config__json": "[]"}, "does not hold an object"),
-        ({"config__json": '{"format": "lmm-jax", "version": 1}'}, "missing fields"),
-        ({"config__json": '{"format": "lmm-jax", "version": 99}'}, "version 99"),
-        ({"config__json": json.dumps(checkpoint.to_json(CONFIG))}, "no parameters"),
-        ({"config__json": json.dumps(checkpoint.to_json(CONFIG) | {"resolution_ratio": "two"})}, "is broken"),
-    ],
-)
-def test_folders_that_are_no_model(tmp_path, files, message):
-    folder = put(tmp_path / "given", **files)
-    for use in (read_config, lambda path: load_params(path, make_abstract())):
-        with pytest.raises(UserError) as error:
-            use(folder)
-        assert message.format(folder) in str(error.value)
-
-
-def test_no_folder(tmp_path):
-    with pytest.raises(UserError, match="there is no folder"):
-        read_config(tmp_path / "absent")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="is a file"):
-        read_config(str(tmp_path / "file"))
 
 
 def test_relative_paths(tmp_path, monkeypatch):
