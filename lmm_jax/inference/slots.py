@@ -201,6 +201,8 @@ class Programs:
 
 
 class _Held(NamedTuple):
+    """Who is in a slot, and how many new tokens it may have."""
+
     key: Hashable
     limit: int
 
