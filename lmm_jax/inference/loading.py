@@ -75,13 +75,17 @@ def load(
 
 def load_params(folder: Path, abstract: Any, mesh: Mesh, quantize: str | None = None) -> Any:
     """The parameters of a model folder in the form that inference on a mesh wants; `abstract` as of `abstract_params`."""
+    how: dict[str, Any] = {}
     if quantize:
-        return checkpoint.load_params(folder, abstract, each=functools.partial(quantization.quantize_leaf, kind=quantize))
-    if apart.is_wanted(abstract, mesh):
-        return checkpoint.load_params(folder, abstract, layers_apart=True, each=apart.turn)
-    if apart.is_lone_processor(mesh):
-        return checkpoint.load_params(folder, abstract, whole=True)
-    return checkpoint.load_params(folder, abstract)
+        how = {"each": functools.partial(quantization.quantize_leaf, kind=quantize)}
+    elif apart.is_wanted(abstract, mesh):
+        transpose = jax.jit(lambda matrix: matrix.T)  # not jnp's: what is compiled for it goes with it
+        how = {"layers_apart": True, "each": functools.partial(apart.turn, transpose=transpose)}
+    elif apart.is_lone_processor(mesh):
+        how = {"whole": True}
+    params = checkpoint.load_params(folder, abstract, **how)
+    _return_freed()
+    return params
 
 
 def share_heaps() -> None:
@@ -90,8 +94,17 @@ def share_heaps() -> None:
     By default glibc gives nearly every thread its own, and what one has freed no other may take. To be called first: threads
     that run already keep theirs.
     """
-    if not sys.platform.startswith("linux") or "MALLOC_ARENA_MAX" in os.environ:
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # other C libraries have none
-        mallopt(_M_ARENA_MAX, max(1, (os.cpu_count() or 1) // 4))
+    if "MALLOC_ARENA_MAX" not in os.environ:
+        _glibc("mallopt", _M_ARENA_MAX, max(1, (os.cpu_count() or 1) // 4))
+
+
+def _return_freed() -> None:
+    """What is free in this process's heaps goes back to the system: loading frees more at once than what comes later takes."""
+    _glibc("malloc_trim", 0)
+
+
+def _glibc(name: str, *args: int) -> None:
+    """Calls a function that glibc has, and other C libraries do not."""
+    function = getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
+    if function is not None:
+        function(*args)

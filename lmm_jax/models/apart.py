@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -56,13 +56,13 @@ def as_loaded(params: Any, mesh: Mesh) -> Any:
     return jax.tree.unflatten(jax.tree.structure(params), [form(path, leaf) for path, leaf in arrays.items()])
 
 
-def turn(path: str, leaf: jax.Array) -> Any:
+def turn(path: str, leaf: jax.Array, transpose: Callable[[jax.Array], jax.Array] = jnp.transpose) -> Any:
     """A leaf, or one layer of a stack's, in this form; `path` as "layers/stack/mlp/up_proj/kernel"."""
     if not _TURNED.fullmatch(path):
         return leaf
     inputs = 2 if "/o_proj/" in path else 1
     matrix = leaf.reshape(math.prod(leaf.shape[:inputs]), -1)
-    return {"turned": jax.jit(jnp.transpose)(matrix)}
+    return {"turned": transpose(matrix)}
 
 
 def is_turned(kernel: Any) -> bool:

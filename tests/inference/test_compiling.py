@@ -1,5 +1,10 @@
 """How the programs of inference are compiled."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -50,3 +55,28 @@ def test_a_layer_of_a_scan_is_traced_once(module, layer, monkeypatch):
         jax.eval_shape(lambda p, x: model.apply({"params": p}, x, method="encode_image"), params, pixels)
     assert sorted(calls) == sorted(set(calls))
     assert calls
+
+
+PICTURE = Path(__file__).parents[2] / "examples" / "shapes.png"
+ASKING = """
+import sys
+import jax
+missed = []
+jax.monitoring.register_event_listener(lambda event, **_: missed.append(event) if event.endswith("/cache_misses") else None)
+import lmm_jax
+lmm_jax.load(sys.argv[1]).ask("What is this?", images=[sys.argv[2]], max_new_tokens=4)
+print(len(missed))
+"""
+
+
+@pytest.mark.slow
+def test_the_next_process_compiles_nothing(tiny, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_PERSISTENT_CACHE")}
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path)
+
+    def missed() -> int:
+        command = [sys.executable, "-c", ASKING, str(tiny("tiny")), str(PICTURE)]
+        return int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+
+    assert missed() > 5
+    assert missed() == 0
