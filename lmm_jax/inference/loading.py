@@ -99,7 +99,7 @@ def share_heaps() -> None:
 
 
 def _return_freed() -> None:
-    """What is free in this process's heaps goes back to the system: loading frees more at once than what comes later takes."""
+    """What is free in this process's heaps goes back to the system, such as what reading took and let go of."""
     _glibc("malloc_trim", 0)
 
 
